@@ -1,0 +1,1 @@
+"""Text environments (``gymnasium.Env``); importing ``tea_rl.envs`` registers them."""

@@ -1,0 +1,1 @@
+"""Recipes shipped with the package; import name ``tea_rl.recipes``."""

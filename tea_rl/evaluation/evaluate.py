@@ -1,0 +1,119 @@
+"""Held-out evaluation of a head: reward sampled and greedy, KL, diversity and fluency under the original model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from tea_rl.backbone import Backbone
+from tea_rl.data.prompts import Prompt
+from tea_rl.evaluation.metrics import distinct_n, mean
+from tea_rl.head.layer import TeaHead
+from tea_rl.rewards import RewardBatch, RewardSum
+from tea_rl.rollout import DecodeSettings, Rollout, rollout
+
+#: Completions decoded together.
+EVAL_BATCH = 64
+
+
+@dataclass
+class PromptSet:
+    """Prompts with their token ids, side by side."""
+
+    prompts: list[Prompt]
+    token_ids: list[list[int]]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def take(self, index: Sequence[int]) -> PromptSet:
+        """The prompts at ``index``."""
+        return PromptSet([self.prompts[i] for i in index], [self.token_ids[i] for i in index])
+
+
+@dataclass
+class Sample:
+    """One completion of a prompt with its weighted reward."""
+
+    prompt: str
+    completion: str
+    reward: float
+
+
+@dataclass
+class Evaluation:
+    """Metrics (``eval_...``) and the sampled completions, first generation of each prompt."""
+
+    metrics: dict[str, float]
+    samples: list[Sample]
+
+
+def score(rewards: RewardSum, prompts: Sequence[Prompt], generated: Rollout) -> RewardBatch:
+    """Rewards of a rollout's completions."""
+    chosen = [prompts[i] for i in generated.prompt_index.tolist()]
+    names = {name for prompt in chosen for name in prompt.columns}
+    columns = {name: [prompt.columns.get(name) for prompt in chosen] for name in sorted(names)}
+    return rewards([prompt.text for prompt in chosen], generated.texts, columns)
+
+
+def evaluate(
+    backbone: Backbone,
+    head: TeaHead,
+    prompts: PromptSet,
+    rewards: RewardSum,
+    settings: DecodeSettings,
+    seed: int = 0,
+) -> Evaluation:
+    """Evaluate a head at its current strength.
+
+    The random numbers depend only on ``seed``, the prompt and the generation, so that evaluations of one run differ by
+    the head alone.
+
+    Returns:
+        metrics ``eval_reward`` (sampled, mean over completions), ``eval_reward/<name>``, ``eval_reward_greedy``,
+        ``eval_kl`` (exact, nats a token, mean over tokens), ``eval_distinct_2`` (over all samples), ``eval_base_nll``
+        (surprise of the samples under the original model, nats a token, mean over completions),
+        ``eval_completion_length`` (tokens).
+    """
+    totals, terms, texts, kls, surprises, lengths, samples = [], {}, [], [], [], [], []
+    for part, generated in _rollouts(backbone, head, prompts, settings, seed):
+        batch = score(rewards, part.prompts, generated)
+        totals += batch.total
+        texts += generated.texts
+        for name, values in batch.terms.items():
+            terms.setdefault(name, []).extend(value for value in values if value is not None)
+        kls += generated.tokens.kl.tolist()
+        surprises += generated.mean_over_rows(-generated.tokens.base_logps).tolist()
+        lengths += generated.lengths.tolist()
+        every = slice(None, None, settings.num_generations)
+        samples += [
+            Sample(*row)
+            for row in zip([p.text for p in part.prompts], generated.texts[every], batch.total[every], strict=True)
+        ]
+    greedy = []
+    for part, generated in _rollouts(backbone, head, prompts, replace(settings, greedy=True, num_generations=1), seed):
+        greedy += score(rewards, part.prompts, generated).total
+    metrics = {
+        "eval_reward": mean(totals),
+        **{f"eval_reward/{name}": mean(values) for name, values in terms.items()},
+        "eval_reward_greedy": mean(greedy),
+        "eval_kl": mean(kls),
+        "eval_distinct_2": distinct_n(texts, 2),
+        "eval_base_nll": mean(surprises),
+        "eval_completion_length": mean(lengths),
+    }
+    return Evaluation(metrics, samples)
+
+
+def _rollouts(
+    backbone: Backbone, head: TeaHead, prompts: PromptSet, settings: DecodeSettings, seed: int
+) -> Iterator[tuple[PromptSet, Rollout]]:
+    size = max(1, EVAL_BATCH // settings.num_generations)
+    for start in range(0, len(prompts), size):
+        keys = range(start, min(start + size, len(prompts)))
+        part = prompts.take(keys)
+        yield part, rollout(backbone, head, part.token_ids, settings, (seed, _EVAL_STREAM), keys)
+
+
+#: Separates evaluation's random numbers from training's, whose keys hold the step here.
+_EVAL_STREAM = 2**31

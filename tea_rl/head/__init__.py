@@ -1,0 +1,1 @@
+"""The TEA head: configuration, members, policy, drop-in layer, saved form."""

@@ -1,0 +1,262 @@
+"""The TEA head: a drop-in for ``lm_head`` that adds the ensemble's correction to the reference logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from tea_rl.errors import TeaError
+from tea_rl.head.config import HeadConfig
+from tea_rl.head.members import PackedMembers
+from tea_rl.head.policy import Shortlist, action_logps, build_shortlist, entropy, shortlist_product
+from tea_rl.objectives.anchor import divergence
+
+if TYPE_CHECKING:
+    from tea_rl.backbone import Backbone
+
+#: Tokens whose full-vocabulary logits are alive at once in ``shortlist_size: all``.
+FULL_VOCABULARY_CHUNK = 64
+
+
+class PolicyTerms(NamedTuple):
+    """Per-token quantities of the policy at ``N`` positions, each ``(N,)`` float32, in nats."""
+
+    logps: Tensor
+    anchor: Tensor
+    kl: Tensor
+    entropy: Tensor
+
+
+class TeaHead(nn.Module):
+    """Original output layer plus an ensemble of residual networks over the same hidden state.
+
+    ``head(h)`` returns the full logits of the policy of DESIGN section 3, so that ``model.lm_head = head`` works with
+    ``generate``, pipelines and trainers. The reference weight is **shared, not copied**, frozen, and never changed; with
+    ``train_reference`` a separate, zero-initialised difference to it is trained.
+
+    Args:
+        reference: the original output layer (``nn.Linear`` or alike, weight ``(V, D)``).
+        config: shape of the ensemble.
+        logit_scale: factor the model applies to the output of its ``lm_head``; policies include it.
+        seed: of the initialisation.
+
+    Attributes:
+        strength: inference-time scale ``alpha`` of the correction; 0 is the original model exactly.
+        base_model_name_or_path, reference_digest: the base model it belongs to (None for a bare output layer).
+
+    Raises:
+        TeaError: if the output layer has no plain weight matrix, or the shortlist exceeds the vocabulary.
+    """
+
+    def __init__(
+        self, reference: nn.Module, config: HeadConfig | None = None, *, logit_scale: float = 1.0, seed: int = 0
+    ) -> None:
+        super().__init__()
+        config = config or HeadConfig()
+        weight = getattr(reference, "weight", None)
+        if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
+            raise TeaError(
+                f"a TEA head needs an output layer with a plain (vocabulary x hidden) weight, got {type(reference).__name__}; "
+                "keep lm_head out of the quantization"
+            )
+        self.config = config
+        self.vocab_size, self.hidden_size = weight.shape
+        if config.shortlist_size != "all" and config.shortlist_size >= self.vocab_size:
+            raise TeaError(
+                f"head.shortlist_size {config.shortlist_size} does not fit a vocabulary of {self.vocab_size} tokens; "
+                'take a smaller one, or "all"'
+            )
+        self.weight = weight
+        self.bias = getattr(reference, "bias", None)
+        self.logit_scale = logit_scale
+        self.strength = 1.0
+        self.base_model_name_or_path: str | None = None
+        self.reference_digest: str | None = None
+        self.members = PackedMembers(config, self.hidden_size, seed).to(weight.device)
+        self.reference_delta = None
+        if config.train_reference:
+            self.reference_delta = nn.Parameter(torch.zeros(weight.shape, device=weight.device))
+
+    @classmethod
+    def for_backbone(cls, backbone: Backbone, config: HeadConfig | None = None, seed: int = 0) -> TeaHead:
+        """A fresh head for a backbone (not installed yet); it corrects nothing until it is trained."""
+        head = cls(backbone.reference, config, logit_scale=backbone.logit_scale, seed=seed)
+        head.base_model_name_or_path, head.reference_digest = backbone.name_or_path, backbone.digest
+        return head
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the head (not the base model) into ``folder``; see `tea_rl.head.checkpoint`."""
+        from tea_rl.head.checkpoint import save_pretrained
+
+        save_pretrained(self, folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, backbone: Backbone) -> TeaHead:
+        """Load a saved head for the backbone it was trained on; see `tea_rl.head.checkpoint`."""
+        from tea_rl.head.checkpoint import from_pretrained
+
+        return from_pretrained(folder, backbone)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+        """Save the head and upload it to the Hugging Face Hub; returns the address of the commit."""
+        from tea_rl.head.checkpoint import push_to_hub
+
+        return push_to_hub(self, repo_id, private=private, token=token)
+
+    # -- parameters ---------------------------------------------------------------------------------------------------
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Everything that learns: the ensemble and, with ``train_reference``, the difference to the reference."""
+        own = list(self.members.parameters())
+        return own if self.reference_delta is None else [*own, self.reference_delta]
+
+    def head_state(self) -> dict[str, Tensor]:
+        """State without the shared reference weight: what a saved head holds."""
+        return {name: value for name, value in self.state_dict().items() if name not in ("weight", "bias")}
+
+    def is_finite(self) -> bool:
+        """Whether every trainable number is finite."""
+        return all(bool(torch.isfinite(parameter).all()) for parameter in self.trainable_parameters())
+
+    @property
+    def full_vocabulary(self) -> bool:
+        """True for ``shortlist_size: all``: every token is corrected, the tail is empty."""
+        return self.config.shortlist_size == "all"
+
+    # -- logits -------------------------------------------------------------------------------------------------------
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Full logits, as the model's ``lm_head`` would return them (before the model's own logit scale).
+
+        Shape:
+            hidden_states ``(..., D)``; returns ``(..., V)``, float32 (corrections are finer than half precision).
+        """
+        raw = F.linear(hidden_states, self.weight, self.bias).float()
+        if self.strength == 0.0:
+            return raw
+        states = hidden_states.reshape(-1, self.hidden_size)
+        flat = raw.view(-1, self.vocab_size)
+        if self.full_vocabulary:
+            out = flat + self.strength * self._full_correction(states)
+        else:
+            ids = flat.topk(self.config.shortlist_size, dim=-1).indices
+            delta, shift = self.shortlist_correction(states, ids)
+            # policy logits are logit_scale * raw, and the shift is in policy units
+            tail = flat + (self.strength / self.logit_scale) * shift.unsqueeze(1)
+            out = tail.scatter(1, ids, flat.gather(1, ids) + (self.strength / self.logit_scale) * delta)
+        return out.view(raw.shape)
+
+    def reference_logits(self, hidden_states: Tensor, temperature: float = 1.0) -> Tensor:
+        """Policy logits of the original model, ``(N, V)`` float32, in a buffer that the caller may overwrite."""
+        logits = F.linear(hidden_states.to(self.weight.dtype), self.weight, self.bias)
+        factor = self.logit_scale / temperature
+        logits = logits.float() if logits.dtype != torch.float32 else logits
+        return logits if factor == 1.0 else logits.mul_(factor)
+
+    def shortlist_correction(self, hidden_states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Corrections at strength 1 and temperature 1, in policy units.
+
+        Shape:
+            hidden_states ``(N, D)``, ids ``(N, k)``; returns ``(N, k)`` and the tail shift ``(N,)``.
+        """
+        g, shift = self.members(hidden_states)
+        delta = shortlist_product(g, self.weight, ids)
+        if self.reference_delta is not None:
+            rows = F.embedding(ids, self.reference_delta)
+            delta = delta + torch.bmm(rows, (hidden_states.float() + g).unsqueeze(2)).squeeze(2)
+        return self.logit_scale * delta, shift
+
+    def slot_logits(self, hidden_states: Tensor, shortlist: Shortlist, temperature: float = 1.0) -> Tensor:
+        """Policy logits of the slots at this head's strength, ``(N, k + 1)``."""
+        base = shortlist.slot_logits()
+        if self.strength == 0.0:
+            return base
+        delta, shift = self.shortlist_correction(hidden_states, shortlist.ids)
+        return base + (self.strength / temperature) * torch.cat([delta, shift.unsqueeze(1)], dim=1)
+
+    def full_logits(self, hidden_states: Tensor, reference: Tensor, temperature: float = 1.0) -> Tensor:
+        """Policy logits of the whole vocabulary (``shortlist_size: all``), ``(N, V)``, from the reference logits."""
+        if self.strength == 0.0:
+            return reference
+        scale = self.strength * self.logit_scale / temperature
+        return reference + scale * self._full_correction(hidden_states)
+
+    def _full_correction(self, hidden_states: Tensor) -> Tensor:
+        g, _ = self.members(hidden_states)
+        delta = F.linear(g.to(self.weight.dtype), self.weight).float()
+        if self.reference_delta is not None:
+            delta = delta + (hidden_states.float() + g) @ self.reference_delta.t()
+        return delta
+
+    def shortlist_of(self, hidden_states: Tensor, temperature: float = 1.0) -> tuple[Shortlist, Tensor]:
+        """Reference shortlist of positions, and the tail's distribution ``(N, V)`` (see `build_shortlist`)."""
+        if self.full_vocabulary:
+            raise TeaError('shortlist_size "all" has no shortlist; use full_logits')
+        return build_shortlist(self.reference_logits(hidden_states, temperature), self.config.shortlist_size)
+
+    # -- what a loss needs --------------------------------------------------------------------------------------------
+
+    def shortlist_terms(
+        self,
+        hidden_states: Tensor,
+        shortlist: Shortlist,
+        slots: Tensor,
+        within_tail_logps: Tensor,
+        temperature: float = 1.0,
+        anchor: str = "reverse_kl",
+    ) -> PolicyTerms:
+        """Log-probability of the actions, anchor, exact KL to the original model and entropy, from cached shortlists.
+
+        Differentiable with respect to the ensemble. Shapes as in `Shortlist`; ``slots`` and ``within_tail_logps`` ``(N,)``.
+        """
+        base = shortlist.slot_logits()
+        logits = self.slot_logits(hidden_states, shortlist, temperature)
+        logps, base_logps = logits.log_softmax(dim=-1), base.log_softmax(dim=-1)
+        kl = divergence("reverse_kl", logits, base, logps, base_logps)
+        penalty = kl if anchor == "reverse_kl" else divergence(anchor, logits, base, logps, base_logps)
+        return PolicyTerms(
+            action_logps(logps, slots, within_tail_logps), penalty, kl, entropy(logps, shortlist.tail_entropy)
+        )
+
+    def full_terms(
+        self, hidden_states: Tensor, actions: Tensor, temperature: float = 1.0, anchor: str = "reverse_kl"
+    ) -> PolicyTerms:
+        """The same over the whole vocabulary, in chunks: never holds ``N x V`` numbers, forward or backward.
+
+        Each chunk's logits are recomputed in the backward pass. ``actions`` are token ids ``(N,)``.
+        """
+
+        def chunk_terms(states: Tensor, chosen: Tensor) -> PolicyTerms:
+            base = self.reference_logits(states, temperature)
+            logits = self.full_logits(states, base, temperature)
+            logps, base_logps = logits.log_softmax(dim=-1), base.log_softmax(dim=-1)
+            kl = divergence("reverse_kl", logits, base, logps, base_logps)
+            penalty = kl if anchor == "reverse_kl" else divergence(anchor, logits, base, logps, base_logps)
+            return PolicyTerms(action_logps(logps, chosen, torch.zeros_like(kl)), penalty, kl, entropy(logps, None))
+
+        chunks = [
+            checkpoint(chunk_terms, states, chosen, use_reentrant=False)
+            for states, chosen in zip(
+                hidden_states.split(FULL_VOCABULARY_CHUNK), actions.split(FULL_VOCABULARY_CHUNK), strict=True
+            )
+        ]
+        return PolicyTerms(*(torch.cat(column) for column in zip(*chunks, strict=True)))
+
+    @torch.no_grad()
+    def disagreement(self, hidden_states: Tensor) -> Tensor:
+        """Variance of the members' corrections on the shortlist, averaged over it: how unsure the ensemble is.
+
+        Zero for a fresh head and for a single member. Shape: ``(..., D)`` to ``(...)``, in squared logit units.
+        """
+        states = hidden_states.reshape(-1, self.hidden_size)
+        size = min(128, self.vocab_size) if self.full_vocabulary else self.config.shortlist_size
+        ids = self.reference_logits(states).topk(size, dim=-1).indices
+        per_member, _ = self.members.corrections_per_member(states)
+        deltas = torch.stack([shortlist_product(g, self.weight, ids) for g in per_member])
+        variance = deltas.mul_(self.logit_scale).var(dim=0, correction=0).mean(dim=-1)
+        return variance.view(hidden_states.shape[:-1])

@@ -1,0 +1,125 @@
+"""The full-support policy on a shortlist and one tail scalar, exact at O(k) a token (DESIGN section 3).
+
+A position is described by its *slots*: the ``k`` shortlist tokens and, last, the whole tail as one slot. Inside the tail
+the proportions never change, so every quantity of the full distribution is a quantity of the slots plus a constant:
+
+    log pi(a)      = slot_logps[slot of a] + (l_a - tau if a is in the tail else 0)
+    KL(pi || pi_0) = sum over slots of p (log p - log p_0)
+    H(pi)          = H(slots) + p_tail * H(tail),   H(tail) = tau - E_tail[l]
+
+Shape letters: ``N`` tokens, ``V`` vocabulary, ``k`` shortlist, ``C`` slots (``k + 1``, or ``V`` without a tail).
+All logits here are already divided by the sampling temperature: the policy is defined at that temperature.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+#: Stands for minus infinity where a later product with a zero probability must stay zero.
+_MASKED = -1e30
+#: Rows gathered at a time; larger blocks fall out of the processor's cache.
+_GATHER_ROWS = 64
+
+
+class Shortlist(NamedTuple):
+    """What is kept of the reference logits at ``N`` positions.
+
+    Shape:
+        ids ``(N, k)`` int64; logits ``(N, k)``; tail_logsumexp ``(N,)`` (``tau``); tail_entropy ``(N,)`` in nats.
+    """
+
+    ids: Tensor
+    logits: Tensor
+    tail_logsumexp: Tensor
+    tail_entropy: Tensor
+
+    def slot_logits(self) -> Tensor:
+        """Reference logits of all slots, ``(N, k + 1)``."""
+        return torch.cat([self.logits, self.tail_logsumexp.unsqueeze(1)], dim=1)
+
+
+def build_shortlist(logits: Tensor, size: int) -> tuple[Shortlist, Tensor]:
+    """Split reference logits into a shortlist and its tail, in three passes over the vocabulary.
+
+    Args:
+        logits: ``(N, V)`` float32 reference logits at the policy's temperature. **Overwritten.**
+        size: ``k``, smaller than ``V``.
+
+    Returns:
+        the shortlist, and the tail's own distribution ``(N, V)`` (zero on the shortlist), to sample a tail token from.
+    """
+    top, ids = logits.topk(size, dim=-1)
+    logits.scatter_(1, ids, _MASKED)
+    tail_max = logits.amax(dim=-1)
+    tail_probs = torch.softmax(logits, dim=-1)
+    # tau = max - log p(max): the softmax already holds the sum, a separate logsumexp would be another pass.
+    tau = tail_max - tail_probs.amax(dim=-1).log()
+    tail_mean = torch.linalg.vecdot(tail_probs, logits)
+    return Shortlist(ids, top, tau, tau - tail_mean), tail_probs
+
+
+def sample_slots(slot_logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Inverse-CDF sampling, one uniform a row.
+
+    Shape:
+        slot_logits ``(N, C)``; uniforms ``(N,)`` in [0, 1); returns ``(N,)`` int64 slots.
+    """
+    # Double precision: a float32 running sum over a whole vocabulary is off by more than the rarest tokens weigh.
+    cdf = torch.softmax(slot_logits.double(), dim=-1).cumsum(dim=-1)
+    total = cdf[:, -1:].contiguous()
+    slots = torch.searchsorted(cdf, uniforms.double().unsqueeze(1) * total, right=True)
+    # A product that rounds up to the total itself belongs to the last slot with any probability.
+    return torch.minimum(slots, torch.searchsorted(cdf, total)).squeeze(1)
+
+
+def action_logps(slot_logps: Tensor, slots: Tensor, within_tail_logps: Tensor) -> Tensor:
+    """Log-probability of the actions, ``(N,)``. ``within_tail_logps`` is ``l_a - tau`` in the tail, 0 elsewhere."""
+    return slot_logps.gather(1, slots.unsqueeze(1)).squeeze(1) + within_tail_logps
+
+
+def entropy(slot_logps: Tensor, tail_entropy: Tensor | None) -> Tensor:
+    """Entropy of the full distribution in nats, ``(N,)``; ``tail_entropy`` None: there is no tail."""
+    own = -(slot_logps.exp() * slot_logps).sum(dim=-1)
+    return own if tail_entropy is None else own + slot_logps[:, -1].exp() * tail_entropy
+
+
+class _ShortlistProduct(torch.autograd.Function):
+    """``out[n, j] = weight[ids[n, j]] . g[n]`` without holding the gathered rows of all tokens.
+
+    The rows are gathered again for the backward pass: that costs less than keeping ``N x k x D`` numbers alive.
+    The weight is frozen and gets no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, g: Tensor, weight: Tensor, ids: Tensor) -> Tensor:  # noqa: ANN001
+        ctx.save_for_backward(weight, ids)
+        ctx.g_dtype = g.dtype
+        out = torch.empty(ids.shape, dtype=torch.float32, device=g.device)
+        for start in range(0, g.shape[0], _GATHER_ROWS):
+            block = slice(start, start + _GATHER_ROWS)
+            rows = F.embedding(ids[block], weight)
+            out[block] = torch.bmm(rows, g[block].to(rows.dtype).unsqueeze(2)).squeeze(2)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN001
+        weight, ids = ctx.saved_tensors
+        grad_g = torch.empty(ids.shape[0], weight.shape[1], dtype=ctx.g_dtype, device=grad_out.device)
+        for start in range(0, ids.shape[0], _GATHER_ROWS):
+            block = slice(start, start + _GATHER_ROWS)
+            rows = F.embedding(ids[block], weight)
+            grad_g[block] = torch.bmm(grad_out[block].to(rows.dtype).unsqueeze(1), rows).squeeze(1).to(ctx.g_dtype)
+        return grad_g, None, None
+
+
+def shortlist_product(g: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    """Read a correction through chosen rows of the reference head.
+
+    Shape:
+        g ``(N, D)``; weight ``(V, D)``, frozen; ids ``(N, k)``; returns ``(N, k)`` float32.
+    """
+    return _ShortlistProduct.apply(g, weight, ids)

@@ -1,0 +1,58 @@
+"""Advantages of sampled completions from their rewards; ``P`` prompts with ``G`` generations each."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_EPS = 1e-4
+
+
+def reinforce_advantages(rewards: Tensor) -> Tensor:
+    """Reward minus the batch mean (REINFORCE with a constant baseline). Shape ``(P, G)`` to ``(P, G)``."""
+    return rewards - rewards.mean()
+
+
+def rloo_advantages(rewards: Tensor) -> Tensor:
+    """Reward minus the mean of the *other* generations of its prompt (RLOO, Ahmadian et al. 2024, eq. 5).
+
+    Shape ``(P, G)`` to ``(P, G)``, ``G >= 2``.
+    """
+    num_generations = rewards.shape[1]
+    others = (rewards.sum(dim=1, keepdim=True) - rewards) / (num_generations - 1)
+    return rewards - others
+
+
+def grpo_advantages(rewards: Tensor, scale: str = "group") -> Tensor:
+    """Reward minus its group's mean, over a standard deviation (GRPO, Shao et al. 2024, section 4.1.2).
+
+    Args:
+        rewards: ``(P, G)``, ``G >= 2``.
+        scale: whose standard deviation divides: ``group``, ``batch`` or ``none``.
+    """
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    if scale == "group":
+        return centred / (rewards.std(dim=1, keepdim=True) + _EPS)
+    if scale == "batch":
+        return centred / (rewards.std() + _EPS)
+    return centred
+
+
+def ppo_advantages(rewards: Tensor) -> Tensor:
+    """Rewards whitened over the batch, PPO's advantage without a value head. Shape ``(P, G)`` to ``(P, G)``."""
+    centred = rewards - rewards.mean()
+    return centred / (rewards.std() + _EPS) if rewards.numel() > 1 else centred
+
+
+def advantages(name: str, rewards: Tensor, scale: str = "group") -> Tensor:
+    """Advantages of an objective by its recipe name, ``(P, G)``.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if name == "grpo":
+        return grpo_advantages(rewards, scale)
+    simple = {"reinforce": reinforce_advantages, "rloo": rloo_advantages, "ppo": ppo_advantages}
+    if name not in simple:
+        raise ValueError(f"unknown objective {name!r}; expected grpo, rloo, reinforce or ppo")
+    return simple[name](torch.as_tensor(rewards))

@@ -1,0 +1,32 @@
+"""The conservativity anchor: how far the policy has moved from the original model."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def divergence(name: str, logits: Tensor, base_logits: Tensor, logps: Tensor, base_logps: Tensor) -> Tensor:
+    """Distance between policy and original model at ``N`` positions.
+
+    * ``reverse_kl``: exact ``KL(pi || pi_0)`` over all slots (DESIGN section 3).
+    * ``forward_kl``: exact ``KL(pi_0 || pi)``.
+    * ``logit_l1``: ``mean |z - l| / (std(l) + 1)`` of the original TEA, over the slots (a tail counts as one slot).
+
+    Shape:
+        all inputs ``(N, C)``; returns ``(N,)``, nats for the two KLs.
+
+    Raises:
+        ValueError: for another name.
+    """
+    if name == "reverse_kl":
+        return (logps.exp() * (logps - base_logps)).sum(dim=-1)
+    if name == "forward_kl":
+        return (base_logps.exp() * (base_logps - logps)).sum(dim=-1)
+    if name == "logit_l1":
+        return (logits - base_logits).abs().mean(dim=-1) / (base_logits.std(dim=-1) + 1.0)
+    raise ValueError(f"unknown divergence {name!r}; expected reverse_kl, forward_kl or logit_l1")
+
+
+def anchored_loss(task: Tensor, anchor: Tensor, conservativity: float) -> Tensor:
+    """``(task + c * anchor) / (1 + c)`` (DESIGN section 5)."""
+    return (task + conservativity * anchor) / (1.0 + conservativity)

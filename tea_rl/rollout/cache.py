@@ -1,0 +1,68 @@
+"""A key-value cache whose room for the completion is taken once, not grown at every token.
+
+``transformers``' dynamic cache concatenates: every decoded token copies the keys and values of the whole batch. Here
+the layers of a prefilled cache move into buffers with room for the completion, expanded to the generations of each
+prompt in the same copy. Layers of other kinds (sliding window, recurrent) stay as they are.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+
+class PreallocatedLayer(DynamicLayer):
+    """A `DynamicLayer` that writes in place; ``keys`` and ``values`` are views of the filled part.
+
+    Args:
+        source: a prefilled layer.
+        repeats: copies of each row, side by side.
+        capacity: positions to make room for.
+    """
+
+    def __init__(self, source: DynamicLayer, repeats: int, capacity: int) -> None:
+        super().__init__()
+        self.lazy_initialization(source.keys, source.values)
+        self._capacity = capacity
+        self._fill(source.keys.repeat_interleave(repeats, 0), source.values.repeat_interleave(repeats, 0))
+
+    def _fill(self, keys: Tensor, values: Tensor) -> None:
+        rows, heads, length, _ = keys.shape
+        self._keys = keys.new_empty(rows, heads, self._capacity, keys.shape[-1])
+        self._values = values.new_empty(rows, heads, self._capacity, values.shape[-1])
+        self._keys[:, :, :length] = keys
+        self._values[:, :, :length] = values
+        self._set_length(length)
+
+    def _set_length(self, length: int) -> None:
+        self.keys, self.values = self._keys[:, :, :length], self._values[:, :, :length]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:  # noqa: ANN002, ANN003
+        """Write new positions and return views of all filled ones."""
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        self._keys[:, :, start:end] = key_states
+        self._values[:, :, start:end] = value_states
+        self._set_length(end)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only some rows."""
+        self._fill(self.keys[indices], self.values[indices])
+
+
+def preallocate(cache: Cache, repeats: int, capacity: int) -> None:
+    """Expand every row of a prefilled cache ``repeats`` times and make room for ``capacity`` positions, in place."""
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer and layer.is_initialized:
+            cache.layers[index] = PreallocatedLayer(layer, repeats, capacity)
+        elif repeats > 1:
+            layer.batch_repeat_interleave(repeats)
+
+
+def select_rows(cache: Cache, indices: Tensor) -> None:
+    """Drop all rows but ``indices`` from every layer, in place."""
+    with torch.no_grad():
+        for layer in cache.layers:
+            layer.batch_select_indices(indices)

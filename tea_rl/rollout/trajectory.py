@@ -1,0 +1,97 @@
+"""What a rollout leaves behind: one record a generated token, and the completions they form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from tea_rl.head.policy import Shortlist
+
+
+@dataclass
+class TokenBatch:
+    """``N`` generated tokens with all that a later update reads; the first axis of every tensor is ``N``.
+
+    Attributes:
+        states: hidden states that chose the tokens, ``(N, D)``, in the backbone's dtype.
+        shortlist: reference shortlist at the rollout temperature; None in full-vocabulary mode.
+        actions: token ids as sampled.
+        slots: shortlist slot of each action, ``k`` for the tail; the token id itself in full-vocabulary mode.
+        within_tail_logps: ``l_a - tau`` for tail actions, 0 elsewhere.
+        logps: log-probability under the behaviour policy, the one sampled from (nats).
+        base_logps: the same under the original model.
+        kl: exact KL(behaviour || original model) at the position.
+        entropy: entropy of the behaviour policy at the position.
+        rows: index of the completion the token belongs to.
+        positions: index of the token in its completion.
+    """
+
+    states: Tensor
+    shortlist: Shortlist | None
+    actions: Tensor
+    slots: Tensor
+    within_tail_logps: Tensor
+    logps: Tensor
+    base_logps: Tensor
+    kl: Tensor
+    entropy: Tensor
+    rows: Tensor
+    positions: Tensor
+
+    def __len__(self) -> int:
+        return self.actions.shape[0]
+
+    def select(self, index: Tensor) -> TokenBatch:
+        """The tokens at ``index``, in that order."""
+        values = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Shortlist):
+                value = Shortlist(*(part[index] for part in value))
+            elif value is not None:
+                value = value[index]
+            values[field.name] = value
+        return TokenBatch(**values)
+
+    @staticmethod
+    def cat(batches: Sequence[TokenBatch]) -> TokenBatch:
+        """Join batches of one mode."""
+        values = {}
+        for field in fields(TokenBatch):
+            parts = [getattr(batch, field.name) for batch in batches]
+            if isinstance(parts[0], Shortlist):
+                values[field.name] = Shortlist(*(torch.cat(column) for column in zip(*parts, strict=True)))
+            else:
+                values[field.name] = None if parts[0] is None else torch.cat(parts)
+        return TokenBatch(**values)
+
+
+@dataclass
+class Rollout:
+    """``B`` completions (``num_generations`` for each prompt, those of a prompt side by side).
+
+    Attributes:
+        tokens: every generated token, ordered by completion, then position.
+        texts: decoded completions, without special tokens.
+        lengths: generated tokens of each completion, ``(B,)``, an end-of-sequence token included.
+        finished: whether the completion ended by itself (else: ``max_completion_length``), ``(B,)``.
+        prompt_index: which prompt each completion answers, ``(B,)``.
+    """
+
+    tokens: TokenBatch
+    texts: list[str]
+    lengths: Tensor
+    finished: Tensor
+    prompt_index: Tensor
+
+    def token_ids(self, row: int) -> Tensor:
+        """Token ids of a completion as sampled, ``(length,)``."""
+        return self.tokens.actions[self.tokens.rows == row]
+
+    def mean_over_rows(self, per_token: Tensor) -> Tensor:
+        """Mean of a per-token quantity within each completion, ``(B,)``."""
+        sums = torch.zeros(len(self.texts), dtype=torch.float32, device=per_token.device)
+        return sums.index_add_(0, self.tokens.rows, per_token.float()) / self.lengths

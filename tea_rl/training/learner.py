@@ -1,0 +1,175 @@
+"""States to update: the inner epochs of one step, under a trust region and with guards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tea_rl.errors import TeaError
+from tea_rl.head.layer import PolicyTerms, TeaHead
+from tea_rl.objectives.anchor import anchored_loss
+from tea_rl.objectives.policy_gradient import behaviour_kl, clipped_surrogate
+from tea_rl.recipe import AnchorConfig, ObjectiveConfig, TrainConfig
+from tea_rl.rollout.trajectory import TokenBatch
+
+
+@dataclass
+class UpdateReport:
+    """What one update did; losses and norms are means over its minibatches.
+
+    ``inner_epochs`` counts passes over the data, as a fraction where the trust region ended the last one.
+    """
+
+    loss: float
+    grad_norm: float
+    inner_epochs: float
+    learning_rate: float
+    skipped_steps: int
+
+
+class Learner:
+    """Updates a head from recorded tokens; the backbone is not involved.
+
+    Args:
+        head: the policy to train.
+        objective, anchor, train: the recipe's groups.
+        temperature: of the rollouts, at which the policy is defined.
+        total_steps: outer steps of the whole run, for the learning-rate schedule.
+    """
+
+    def __init__(
+        self,
+        head: TeaHead,
+        objective: ObjectiveConfig,
+        anchor: AnchorConfig,
+        train: TrainConfig,
+        temperature: float,
+        total_steps: int,
+    ) -> None:
+        from transformers import get_scheduler
+
+        self.head, self.objective, self.anchor, self.train = head, objective, anchor, train
+        self.temperature = temperature
+        self.optimizer = build_optimizer(head.trainable_parameters(), train)
+        self.scheduler = get_scheduler(
+            train.lr_scheduler_type, self.optimizer, num_warmup_steps=train.warmup_steps, num_training_steps=total_steps
+        )
+        self.skipped_steps = 0
+        self.skipped_in_a_row = 0
+
+    def update(self, tokens: TokenBatch, advantages: Tensor, generator: torch.Generator) -> UpdateReport:
+        """One step: up to ``inner_epochs`` passes in shuffled minibatches.
+
+        Stops early once KL(behaviour || policy) on a minibatch passes ``target_kl``; the first pass always completes.
+
+        Args:
+            tokens: ``N`` tokens with their behaviour log-probabilities.
+            advantages: of each token, ``(N,)``.
+            generator: orders the minibatches.
+
+        Raises:
+            TeaError: after ``max_skipped_steps`` minibatches in a row with a loss or gradient that is not finite.
+        """
+        self.scheduler.step()  # first, so that warm-up starts at 1/n instead of a wasted step at 0
+        self.head.train()
+        losses, norms, seen = [], [], 0
+        for index, first_pass in self._minibatches(len(tokens), generator):
+            batch = tokens.select(index)
+            terms = self._terms(batch)
+            if not first_pass and self._left_trust_region(terms, batch):
+                break
+            surrogate = clipped_surrogate(
+                terms.logps,
+                batch.logps,
+                advantages[index],
+                self.objective.clip_range,
+                self.objective.clip_range_high,
+            )
+            loss = anchored_loss(surrogate.mean(), terms.anchor.mean(), self.anchor.conservativity)
+            norm = self._descend(loss)
+            seen += len(index)
+            losses.append(loss.item())
+            norms.append(norm)
+        self.head.eval()
+        return UpdateReport(
+            loss=sum(losses) / len(losses),
+            grad_norm=sum(norms) / len(norms),
+            inner_epochs=seen / len(tokens),
+            learning_rate=self.scheduler.get_last_lr()[0],
+            skipped_steps=self.skipped_steps,
+        )
+
+    def _minibatches(self, count: int, generator: torch.Generator):  # noqa: ANN202
+        for epoch in range(self.objective.inner_epochs):
+            for index in torch.randperm(count, generator=generator).split(self.objective.minibatch_tokens):
+                yield index, epoch == 0
+
+    def _terms(self, batch: TokenBatch) -> PolicyTerms:
+        if batch.shortlist is None:
+            return self.head.full_terms(batch.states, batch.actions, self.temperature, self.anchor.divergence)
+        return self.head.shortlist_terms(
+            batch.states,
+            batch.shortlist,
+            batch.slots,
+            batch.within_tail_logps,
+            self.temperature,
+            self.anchor.divergence,
+        )
+
+    def _left_trust_region(self, terms: PolicyTerms, batch: TokenBatch) -> bool:
+        target = self.objective.target_kl
+        return target is not None and behaviour_kl(terms.logps.detach(), batch.logps).item() > target
+
+    def _descend(self, loss: Tensor) -> float:
+        """Clip and step, or skip the minibatch if its loss or gradient is not finite. Returns the gradient norm."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.head.trainable_parameters(), self.train.max_grad_norm)
+        if torch.isfinite(loss) and torch.isfinite(norm):
+            self.optimizer.step()
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped_steps += 1
+            self.skipped_in_a_row += 1
+            if self.skipped_in_a_row >= self.train.max_skipped_steps:
+                raise TeaError(
+                    f"training diverged: {self.skipped_in_a_row} updates in a row had a loss or gradient that is not finite; "
+                    "lower train.learning_rate or objective.inner_epochs and resume from the last checkpoint"
+                )
+        return norm.item()
+
+    def state(self) -> dict[str, Any]:
+        """Counters and schedule, as JSON values; the optimizer's tensors are saved apart."""
+        schedule = {k: v for k, v in self.scheduler.state_dict().items() if isinstance(v, int | float | bool | list)}
+        schedule.pop("lr_lambdas", None)
+        return {
+            "scheduler": schedule,
+            "skipped_steps": self.skipped_steps,
+            "skipped_in_a_row": self.skipped_in_a_row,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore what `state` returned."""
+        self.scheduler.__dict__.update(state["scheduler"])
+        for group, rate in zip(self.optimizer.param_groups, state["scheduler"]["_last_lr"], strict=True):
+            group["lr"] = rate
+        self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
+
+
+def build_optimizer(parameters: list[torch.nn.Parameter], train: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer a recipe names: ``adamw``, ``ademamix`` (bitsandbytes) or ``sgd``."""
+    if train.optim == "sgd":
+        return torch.optim.SGD(parameters, lr=train.learning_rate, weight_decay=train.weight_decay)
+    betas = (train.adam_beta1, train.adam_beta2)
+    if train.optim == "ademamix":
+        from bitsandbytes.optim import AdEMAMix
+
+        return AdEMAMix(
+            parameters, lr=train.learning_rate, betas=(*betas, 0.9999), weight_decay=train.weight_decay, optim_bits=32
+        )
+    return torch.optim.AdamW(
+        parameters, lr=train.learning_rate, betas=betas, weight_decay=train.weight_decay, fused=True
+    )

@@ -1,0 +1,287 @@
+"""Online reinforcement learning of a TEA head: roll out, reward, advantage, update.
+
+The backbone runs only to generate. What a rollout computed on the way - hidden states, shortlists, log-probabilities -
+is all that the update reads (DESIGN section 1).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tea_rl.backbone import Backbone, load_backbone
+from tea_rl.data.prompts import data_digest, load_prompts, tokenize_prompts
+from tea_rl.errors import TeaError
+from tea_rl.evaluation.evaluate import Evaluation, PromptSet, Sample, evaluate, score
+from tea_rl.evaluation.metrics import mean
+from tea_rl.evaluation.report import write_report
+from tea_rl.head.checkpoint import WEIGHTS_NAME, load_weights
+from tea_rl.head.layer import TeaHead
+from tea_rl.objectives.advantages import advantages
+from tea_rl.recipe import Recipe, load_recipe
+from tea_rl.rewards import load_rewards
+from tea_rl.rollout import DecodeSettings, Rollout, rollout
+from tea_rl.training.checkpoint import (
+    load_optimizer,
+    newest_checkpoint,
+    replace_directory,
+    save_checkpoint,
+    save_optimizer,
+)
+from tea_rl.training.learner import Learner
+from tea_rl.training.manifest import build_manifest, check_same_run
+from tea_rl.training.plots import write_curves
+from tea_rl.training.progress import Listener
+from tea_rl.training.run_directory import RunDirectory
+from tea_rl.training.seeding import prompts_of_step, seed_step
+from tea_rl.training.trackers import make_tracker
+
+#: States of a step on which member disagreement is measured.
+_DISAGREEMENT_STATES = 64
+
+
+@dataclass
+class TrainResult:
+    """How a run ended: its folder, the last step done, whether a stop was asked for, and its last evaluation."""
+
+    path: Path
+    step: int
+    stopped: bool
+    evaluation: Evaluation | None
+    base_samples: list[Sample]
+
+
+def train(
+    recipe: Recipe | str,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    listener: Listener | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> TrainResult:
+    """Train a TEA head as a recipe says, into a run directory.
+
+    Args:
+        recipe: a recipe, the name of a shipped one, or a YAML path.
+        output: run directory.
+        resume: continue from the newest complete checkpoint in it.
+        listener: hears of progress.
+        should_stop: asked after every step; True saves a checkpoint and ends the run.
+
+    Raises:
+        TeaError: for every mistake a user can mend.
+    """
+    recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    listener = listener or Listener()
+    with RunDirectory.create(Path(output), resume=resume) as run:
+        trainer = OnlineTrainer(recipe, run, listener)
+        return trainer.run_to_end(resume, should_stop)
+
+
+def decode_settings(recipe: Recipe, num_generations: int) -> DecodeSettings:
+    """How a recipe samples."""
+    return DecodeSettings(
+        num_generations=num_generations,
+        max_new_tokens=recipe.rollout.max_completion_length,
+        temperature=recipe.rollout.temperature,
+        stop=tuple(recipe.rollout.stop),
+    )
+
+
+def prepare_prompts(recipe: Recipe, backbone: Backbone) -> tuple[PromptSet, PromptSet]:
+    """A recipe's training and held-out prompts, tokenised; refuses those that leave no room for the completion."""
+    room = backbone.max_length - recipe.rollout.max_completion_length
+    splits = load_prompts(recipe.data, backbone.tokenizer)
+    training, held_out = (PromptSet(part, tokenize_prompts(part, backbone.tokenizer, room)) for part in splits)
+    return training, held_out
+
+
+class OnlineTrainer:
+    """One run: owns the head, the learner and the run directory; `train` is the usual way in."""
+
+    def __init__(self, recipe: Recipe, run: RunDirectory, listener: Listener) -> None:
+        self.recipe, self.run, self.listener = recipe, run, listener
+        if recipe.train.num_threads is not None:
+            torch.set_num_threads(recipe.train.num_threads)
+        # Everything that can be wrong with the recipe's own files is found before the model is loaded.
+        self.rewards = load_rewards(recipe.rewards, recipe.base_dir)
+        self.tracker = make_tracker(recipe.train.report_to, run.path, recipe.model_dump())
+        listener.on_note(f"loading {recipe.model.name_or_path}")
+        self.backbone = load_backbone(**recipe.model.model_dump(), notify=listener.on_note)
+        self.training_prompts, self.held_out = prepare_prompts(recipe, self.backbone)
+        if len(self.training_prompts) < recipe.rollout.prompts_per_step:
+            raise TeaError(
+                f"rollout.prompts_per_step is {recipe.rollout.prompts_per_step}, but there are only "
+                f"{len(self.training_prompts)} training prompts; lower it or add prompts"
+            )
+        self.head = TeaHead.for_backbone(self.backbone, recipe.head, seed=recipe.train.seed)
+        self.learner = Learner(
+            self.head,
+            recipe.objective,
+            recipe.anchor,
+            recipe.train,
+            recipe.rollout.temperature,
+            recipe.train.max_steps,
+        )
+        self.base_samples: list[Sample] = []
+        self.last_evaluation: Evaluation | None = None
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    def run_to_end(self, resume: bool, should_stop: Callable[[], bool]) -> TrainResult:
+        """Steps, evaluations and checkpoints until ``max_steps`` or a stop, then the final head, plots and page."""
+        train = self.recipe.train
+        step = self._resume() if resume else self._begin()
+        self.listener.on_start(step + 1, train.max_steps)
+        stopped, saved = False, step
+        if step == 0:
+            self._evaluate(0)
+        while step < train.max_steps and not stopped:
+            step += 1
+            self._step(step)
+            stopped = should_stop()
+            last = step == train.max_steps
+            if last or (step % train.eval_steps == 0 and not stopped):
+                self._evaluate(step)
+            if last or stopped or step % train.save_steps == 0:
+                self._save(step)
+                saved = step
+        if self.last_evaluation is None and not stopped:
+            self._evaluate(saved, record=False)
+        self._finish()
+        return TrainResult(self.run.path, step, stopped and step < train.max_steps, self.last_evaluation, self.base_samples)
+
+    def _step(self, step: int) -> None:
+        """Roll out, reward, advantage, update."""
+        recipe = self.recipe
+        started = time.perf_counter()
+        generator = seed_step(recipe.train.seed, step)
+        chosen = prompts_of_step(recipe.train.seed, step, len(self.training_prompts), recipe.rollout.prompts_per_step)
+        prompts = self.training_prompts.take(chosen)
+
+        generated = rollout(
+            self.backbone,
+            self.head,
+            prompts.token_ids,
+            decode_settings(recipe, recipe.rollout.num_generations),
+            seed=(recipe.train.seed, step),
+        )
+        generation_seconds = time.perf_counter() - started
+        rewards = score(self.rewards, prompts.prompts, generated)
+        grouped = torch.tensor(rewards.total).view(len(prompts), -1)
+        advantage = advantages(recipe.objective.name, grouped, recipe.objective.scale_rewards).flatten()
+        token_advantage = advantage.to(self.backbone.device)[generated.tokens.rows]
+        report = self.learner.update(generated.tokens, token_advantage, generator)
+
+        tokens = generated.tokens
+        row = {
+            "step": step,
+            "reward": mean(rewards.total),
+            **{f"reward/{name}": mean([v for v in values if v is not None]) for name, values in rewards.terms.items()},
+            "kl": tokens.kl.mean().item(),
+            "entropy": tokens.entropy.mean().item(),
+            "loss": report.loss,
+            "grad_norm": report.grad_norm,
+            "learning_rate": report.learning_rate,
+            "inner_epochs": report.inner_epochs,
+            "skipped_steps": report.skipped_steps,
+            "disagreement": self._disagreement(generated),
+            "completion_length": generated.lengths.float().mean().item(),
+            "finished": generated.finished.float().mean().item(),
+            "tokens_per_second": len(tokens) / generation_seconds,
+            "seconds": time.perf_counter() - started,
+        }
+        self._log(step, row)
+        self.listener.on_step(row)
+
+    def _disagreement(self, generated: Rollout) -> float:
+        stride = max(1, len(generated.tokens) // _DISAGREEMENT_STATES)
+        return self.head.disagreement(generated.tokens.states[::stride]).mean().item()
+
+    def _evaluate(self, step: int, record: bool = True) -> None:
+        """Held-out evaluation; at step 0 it measures the original model and keeps its samples for comparison."""
+        if not len(self.held_out):
+            return
+        settings = decode_settings(self.recipe, self.recipe.train.eval_generations)
+        result = evaluate(self.backbone, self.head, self.held_out, self.rewards, settings, self.recipe.train.seed)
+        self.last_evaluation = result
+        if step == 0:
+            self.base_samples = result.samples[: self.recipe.train.sample_prompts]
+        row = {"step": step, **result.metrics}
+        if record:
+            self._log(step, row)
+            self.run.append_samples(
+                [
+                    {
+                        "step": step,
+                        "prompt": base.prompt,
+                        "base": base.completion,
+                        "trained": trained.completion,
+                        "base_reward": base.reward,
+                        "trained_reward": trained.reward,
+                    }
+                    for base, trained in zip(self.base_samples, result.samples, strict=False)
+                ]
+            )
+            write_curves(self.run.read_metrics(), self.run.path / "curves.png")
+        self.listener.on_evaluation(row)
+
+    def _log(self, step: int, row: dict[str, Any]) -> None:
+        self.run.append_metrics(row)
+        self.tracker.log({name: value for name, value in row.items() if name != "step"}, step)
+
+    # -- beginning, saving, resuming ----------------------------------------------------------------------------------
+
+    def _begin(self) -> int:
+        self.run.write_recipe(self.recipe.to_yaml())
+        digest = data_digest(self.training_prompts.prompts, self.held_out.prompts)
+        self.run.write_manifest(build_manifest(self.recipe, self.backbone, self.head, digest))
+        return 0
+
+    def _resume(self) -> int:
+        """Restore the newest complete checkpoint and cut the logs back to it. Returns its step, 0 if there is none."""
+        digest = data_digest(self.training_prompts.prompts, self.held_out.prompts)
+        check_same_run(self.run.path, self.recipe, self.backbone, digest)
+        found = newest_checkpoint(self.run.path)
+        if found is None:
+            self.listener.on_note("no complete checkpoint yet; starting from step 0")
+            self.run.truncate_after(-1)
+            return self._begin()
+        path, step, warnings = found
+        for warning in warnings:
+            self.listener.on_note(f"warning: {warning}")
+        load_weights(self.head, path / "head" / WEIGHTS_NAME)
+        load_optimizer(path, self.learner.optimizer)
+        self.learner.load_state(json.loads((path / "trainer_state.json").read_text(encoding="utf-8")))
+        self.run.truncate_after(step)
+        self.base_samples = [
+            Sample(row["prompt"], row["base"], row["base_reward"]) for row in self.run.read_samples() if row["step"] == 0
+        ]
+        self.listener.on_note(f"resuming from {path}")
+        return step
+
+    def _save(self, step: int) -> None:
+        if not self.head.is_finite():
+            raise TeaError(
+                f"the head holds numbers that are not finite after step {step}; it was not saved, and the previous "
+                "checkpoint stands; lower train.learning_rate and resume"
+            )
+
+        def write(folder: Path) -> None:
+            self.head.save_pretrained(folder / "head")
+            save_optimizer(folder, self.learner.optimizer)
+            (folder / "trainer_state.json").write_text(json.dumps(self.learner.state()), encoding="utf-8")
+
+        save_checkpoint(self.run.path, step, write, self.recipe.train.save_total_limit)
+
+    def _finish(self) -> None:
+        replace_directory(self.run.path / "head", self.head.save_pretrained)
+        write_curves(self.run.read_metrics(), self.run.path / "curves.png")
+        write_report(self.run.path)
+        self.tracker.close()

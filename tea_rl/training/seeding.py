@@ -1,0 +1,33 @@
+"""Randomness derived from (seed, step): nothing to save, and a resumed run draws what the uninterrupted one drew."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+
+# Streams keep the draws of one seed apart.
+_STEP, _ORDER = 1, 2
+
+
+def seed_step(seed: int, step: int) -> torch.Generator:
+    """Seed Python, NumPy and torch for a step and return a generator of its own for the minibatch order."""
+    state = np.random.SeedSequence([seed, _STEP, step]).generate_state(4)
+    random.seed(int(state[0]))
+    np.random.seed(int(state[1]))
+    torch.manual_seed(int(state[2]))
+    return torch.Generator().manual_seed(int(state[3]))
+
+
+def prompts_of_step(seed: int, step: int, num_prompts: int, per_step: int) -> list[int]:
+    """Indices of a step's prompts: an endless row of permutations, cut into pieces of ``per_step``.
+
+    Every prompt comes once before any comes twice. ``step`` counts from 1.
+    """
+    chosen: list[int] = []
+    for place in range((step - 1) * per_step, step * per_step):
+        epoch, offset = divmod(place, num_prompts)
+        order = np.random.default_rng([seed, _ORDER, epoch]).permutation(num_prompts)
+        chosen.append(int(order[offset]))
+    return chosen

@@ -1,0 +1,12 @@
+"""Settings every test shares. They are made before torch or transformers is imported."""
+
+import os
+
+# No test may reach for the network: the real model comes from an installed package, the others from configurations.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+# Rich and typer wrap and colour by terminal; tests read what they print.
+os.environ.setdefault("NO_COLOR", "1")
+os.environ.setdefault("COLUMNS", "200")

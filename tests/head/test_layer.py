@@ -1,0 +1,209 @@
+"""The TEA head as a drop-in output layer, and its ensemble."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from tea_rl.errors import TeaError
+from tea_rl.head.config import HeadConfig
+from tea_rl.head.layer import TeaHead
+from tea_rl.head.members import PackedMembers
+
+HIDDEN, VOCAB = 48, 200
+
+
+@pytest.fixture
+def reference() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(HIDDEN, VOCAB, bias=False).requires_grad_(False)
+
+
+def perturb(head: TeaHead, scale: float = 0.1) -> TeaHead:
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for parameter in head.trainable_parameters():
+            parameter.add_(torch.randn_like(parameter) * scale)
+    return head.eval()
+
+
+CONFIGS = [
+    HeadConfig(),
+    HeadConfig(num_members=1, hidden_sizes=[8], shortlist_size=5),
+    HeadConfig(num_members=3, hidden_sizes=[30, 20, 10], random_widths=True, feature_fraction=0.3, shortlist_size=20),
+    HeadConfig(shortlist_size="all", aggregation="mean"),
+    HeadConfig(train_reference=True, member_dropout=0.5, dropout=0.2),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_fresh_head_is_the_base_model(reference, config):
+    """Invariant 1 on logits, also in training mode with every kind of dropout."""
+    head = TeaHead(reference, config)
+    states = torch.randn(3, 5, HIDDEN)
+    assert torch.equal(head(states), reference(states))
+    assert head.disagreement(states).abs().max() == 0
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_strength_zero_is_the_base_model(reference, config):
+    """Invariant 6: exactly, whatever was trained."""
+    head = perturb(TeaHead(reference, config))
+    states = torch.randn(3, 5, HIDDEN)
+    assert not torch.allclose(head(states), reference(states))
+    head.strength = 0.0
+    assert torch.equal(head(states), reference(states))
+
+
+def test_reference_weight_is_shared_and_frozen(reference):
+    head = TeaHead(reference, HeadConfig(train_reference=True))
+    assert head.weight is reference.weight
+    assert all(parameter is not reference.weight for parameter in head.trainable_parameters())
+    head(torch.randn(4, HIDDEN)).sum().backward()
+    assert reference.weight.grad is None
+
+
+def test_half_precision_reference(reference):
+    head = perturb(TeaHead(reference.to(torch.bfloat16), HeadConfig(shortlist_size=16)))
+    states = torch.randn(6, HIDDEN, dtype=torch.bfloat16)
+    shortlist, _ = head.shortlist_of(states)
+    full = head(states).log_softmax(-1)
+    slots = head.slot_logits(states, shortlist).log_softmax(-1)
+    torch.testing.assert_close(full.gather(1, shortlist.ids), slots[:, :-1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("feature_fraction", [1.0, 0.5])
+@pytest.mark.parametrize("random_widths", [False, True])
+def test_packed_members_equal_a_loop(feature_fraction, random_widths):
+    """The packed product against members written one by one."""
+    config = HeadConfig(
+        num_members=5, hidden_sizes=[40, 16], feature_fraction=feature_fraction, random_widths=random_widths
+    )
+    members = PackedMembers(config, HIDDEN, seed=3).eval()
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in members.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    states = torch.randn(11, HIDDEN)
+    blocks = members.readout.chunk(config.num_members, dim=1)
+    total = torch.zeros(11, HIDDEN + 1)
+    for k in range(config.num_members):
+        seen = states if members.feature_index is None else states[:, members.feature_index[k]]
+        x = nn.functional.layer_norm(seen, seen.shape[-1:]) * members.norm_scale[k] + members.norm_shift[k]
+        start, width = 0, x.shape[1]
+        for layer, (weight, bias) in enumerate(zip(members.weights, members.biases, strict=True)):
+            own = int(members.widths[k, layer])
+            x = nn.functional.silu(x @ weight[k, :width, :own] + bias[k, :, :own])
+            total += x @ blocks[k][:, start : start + own].t()
+            start, width = start + weight.shape[2], own
+    g, shift = members(states)
+    torch.testing.assert_close(g, total[:, :-1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(shift, 10 * total[:, -1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("aggregation", ["sum", "mean"])
+def test_forward_is_the_mean_of_member_answers(aggregation):
+    members = PackedMembers(HeadConfig(num_members=6, aggregation=aggregation), HIDDEN).eval()
+    nn.init.normal_(members.readout)
+    states = torch.randn(9, HIDDEN)
+    each, shifts = members.corrections_per_member(states)
+    g, shift = members(states)
+    torch.testing.assert_close(each.mean(0), g, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(shifts.mean(0), shift, rtol=1e-4, atol=1e-3)
+
+
+def test_member_dropout_keeps_one_and_the_scale():
+    members = PackedMembers(HeadConfig(num_members=4, member_dropout=0.9), HIDDEN).train()
+    for _ in range(50):
+        scales = members._member_scales(torch.device("cpu")).flatten()
+        survivors = int((scales > 0).sum())
+        assert 1 <= survivors <= 4
+        assert scales.sum().item() == pytest.approx(4.0)
+    members.eval()
+    assert torch.equal(members._member_scales(torch.device("cpu")).flatten(), torch.ones(4))
+
+
+def test_random_widths_have_the_stated_mean_and_floor():
+    widths = PackedMembers(HeadConfig(num_members=2000, hidden_sizes=[60], random_widths=True), 4).widths.float()
+    assert widths.min() >= 10
+    assert widths.mean().item() == pytest.approx(60, rel=0.06)
+    assert widths.std() > 30
+
+
+def test_disagreement_grows_with_conflicting_members(reference):
+    head = TeaHead(reference, HeadConfig(num_members=2, hidden_sizes=[16], shortlist_size=32))
+    block = torch.randn(HIDDEN + 1, 16)
+    weight = head.members.weights[0].data
+    weight[1] = weight[0]
+    states = torch.randn(5, HIDDEN)
+    head.members.readout.data = torch.cat([block, block], dim=1)
+    assert head.disagreement(states).max() < 1e-6
+    head.members.readout.data = torch.cat([block, -block], dim=1)
+    assert head.disagreement(states).min() > 1e-3
+
+
+def test_refuses_what_it_cannot_correct(reference):
+    with pytest.raises(TeaError, match="shortlist_size 200"):
+        TeaHead(reference, HeadConfig(shortlist_size=VOCAB))
+    with pytest.raises(TeaError, match="plain"):
+        TeaHead(nn.Identity())
+
+
+class BackboneOf:
+    """What a saved head needs to know of a backbone."""
+
+    def __init__(self, reference: nn.Linear, digest: str = "d" * 64):
+        self.reference, self.digest, self.name_or_path, self.logit_scale = reference, digest, "some/model", 1.0
+        self.vocab_size, self.hidden_size = reference.weight.shape
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_save_and_load(reference, tmp_path, config):
+    backbone = BackboneOf(reference)
+    head = perturb(TeaHead.for_backbone(backbone, config, seed=5))
+    head.strength = 0.5
+    head.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"tea_config.json", "tea_head.safetensors", "README.md"}
+    loaded = TeaHead.from_pretrained(tmp_path, backbone)
+    states = torch.randn(7, HIDDEN)
+    assert torch.equal(loaded(states), head(states))
+    assert loaded.strength == 0.5 and loaded.config == config
+
+
+def test_wrong_base_model_is_refused(reference, tmp_path):
+    TeaHead.for_backbone(BackboneOf(reference)).save_pretrained(tmp_path)
+    with pytest.raises(TeaError, match="reference digest"):
+        TeaHead.from_pretrained(tmp_path, BackboneOf(reference, digest="e" * 64))
+    with pytest.raises(TeaError, match="hidden size 48"):
+        TeaHead.from_pretrained(tmp_path, BackboneOf(nn.Linear(8, VOCAB)))
+
+
+def test_damaged_heads_are_named(reference, tmp_path):
+    backbone = BackboneOf(reference)
+    with pytest.raises(TeaError, match="no such folder"):
+        TeaHead.from_pretrained(tmp_path / "absent", backbone)
+    with pytest.raises(TeaError, match=r"no tea_config\.json"):
+        TeaHead.from_pretrained(tmp_path, backbone)
+    TeaHead.for_backbone(backbone).save_pretrained(tmp_path)
+    weights = tmp_path / "tea_head.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(TeaError, match=r"tea_head\.safetensors"):
+        TeaHead.from_pretrained(tmp_path, backbone)
+    weights.unlink()
+    with pytest.raises(TeaError, match=r"tea_head\.safetensors"):
+        TeaHead.from_pretrained(tmp_path, backbone)
+    config = json.loads((tmp_path / "tea_config.json").read_text())
+    config["head"]["num_members"] = "many"
+    (tmp_path / "tea_config.json").write_text(json.dumps(config))
+    with pytest.raises(TeaError, match=r"tea_config\.json"):
+        TeaHead.from_pretrained(tmp_path, backbone)
+
+
+def test_a_head_that_is_not_finite_is_not_saved(reference, tmp_path):
+    head = TeaHead.for_backbone(BackboneOf(reference))
+    head.members.readout.data[0, 0] = torch.nan
+    with pytest.raises(TeaError, match="not finite"):
+        head.save_pretrained(tmp_path / "head")
+    assert not (tmp_path / "head").exists()
