@@ -46,7 +46,11 @@ def report(name: str, figures: dict[str, Any]) -> None:
     """Print figures as one JSON object with the machine they come from."""
     import torch
 
-    machine = {"processor": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    machine = {
+        "processor": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
     print(json.dumps({"benchmark": name, **figures, "machine": machine}, indent=2))
 
 

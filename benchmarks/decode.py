@@ -57,7 +57,8 @@ def main() -> None:
         return int((ended - (new == backbone.eos_token_ids[0]).int() == 0).sum()) / elapsed
 
     figures = alternate(
-        {"tea_rl": ours, "generate": generate, "generate_untruncated": lambda: generate(top_k=0)}, args.repeats
+        {"tea_rl": ours, "generate": generate, "generate_untruncated": lambda: generate(top_k=0)},
+        args.repeats,
     )
     medians = {name: median(values) for name, values in figures.items()}
     report(

@@ -28,7 +28,9 @@ def run_seed(recipe: str, seed: int, output: Path, overrides: list[str]) -> dict
         sets = [part for value in [f"train.seed={seed}", *overrides] for part in ("--set", value)]
         started = time.monotonic()
         command = [sys.executable, "-m", "tea_rl.cli", "train", recipe, "--output", str(folder), *sets]
-        subprocess.run(command, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            command, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=subprocess.DEVNULL
+        )
         usage = resource.getrusage(resource.RUSAGE_CHILDREN)
         figures = {"wall_seconds": time.monotonic() - started, "peak_memory_gb": usage.ru_maxrss * 1024 / 1e9}
         (folder / "benchmark.json").write_text(json.dumps(figures))
@@ -51,12 +53,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/bench"))
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     args = parser.parse_args()
-    results = [run_seed(args.recipe, int(seed), args.output, args.overrides) for seed in args.seeds.split(",")]
+    results = [
+        run_seed(args.recipe, int(seed), args.output, args.overrides) for seed in args.seeds.split(",")
+    ]
     extra = [name for name in results[0]["last"] if name.startswith("eval_reward/")]
     for name in (*COLUMNS, *extra):
         pairs = [(result["first"][name], result["last"][name]) for result in results]
         shown = "  ".join(f"{before:.3f} -> {after:.3f}" for before, after in pairs)
-        print(f"{name:28} mean {mean(b for b, _ in pairs):.3f} -> {mean(a for _, a in pairs):.3f}   seeds: {shown}")
+        print(
+            f"{name:28} mean {mean(b for b, _ in pairs):.3f} -> {mean(a for _, a in pairs):.3f}   seeds: {shown}"
+        )
     for name in ("lowest_eval_reward", "training_seconds", "wall_seconds", "peak_memory_gb"):
         print(f"{name:28} " + "  ".join(f"{result[name]:.3g}" for result in results))
 

@@ -24,7 +24,6 @@ def main() -> None:
     from torch.nn import functional as F
 
     from tea_rl import TeaHead, load_backbone
-    from tea_rl.head.policy import sample_slots
     from tea_rl.objectives.anchor import anchored_loss
     from tea_rl.objectives.policy_gradient import clipped_surrogate
     from tea_rl.recipe import AnchorConfig, ObjectiveConfig, TrainConfig
@@ -72,7 +71,9 @@ def main() -> None:
             task = clipped_surrogate(chosen, tokens.logps[index], advantage[index], 0.2).mean()
             optimizer.zero_grad(set_to_none=True)
             anchored_loss(task, kl, 0.05).backward()
-            torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+            torch.nn.utils.clip_grad_norm_(
+                [p for group in optimizer.param_groups for p in group["params"]], 1.0
+            )
             optimizer.step()
 
     figures = alternate(

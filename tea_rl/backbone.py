@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import inspect
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,14 +20,14 @@ from torch import Tensor, nn
 
 from tea_rl.errors import TeaError, did_you_mean
 from tea_rl.model_source import ModelSource, find_model, one_line, quiet_transformers
-from tea_rl.probe import find_output_layer, probe_output
+from tea_rl.probe import find_output_layer, output_weight, probe_output
+from tea_rl.quantization import check_quantization, quantization_config, use_weight_only_int8
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEVICES = ("auto", "cpu", "cuda", "mps")
-QUANTIZATIONS = ("none", "int8", "nf4")
 
 # A context length for models that state none (relative position biases have no end).
 NO_LIMIT = 2**31 - 1
@@ -119,9 +118,17 @@ class Backbone:
         Args:
             past_key_values: a ``transformers`` cache, extended in place; None keeps nothing.
         """
-        given = {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
-        kwargs = {name: value for name, value in given.items() if value is not None and name in self._accepted}
-        return self.body(input_ids=input_ids, use_cache=past_key_values is not None, **kwargs).last_hidden_state
+        given = {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+        }
+        kwargs = {
+            name: value for name, value in given.items() if value is not None and name in self._accepted
+        }
+        return self.body(
+            input_ids=input_ids, use_cache=past_key_values is not None, **kwargs
+        ).last_hidden_state
 
     @cached_property
     def digest(self) -> str:
@@ -131,7 +138,7 @@ class Backbone:
         the smallest, which count as zero here. (A float32 checkpoint is rounded twice on its way through float16, so
         that one combination gives another digest.)
         """
-        weight = self._reference.weight
+        weight = output_weight(self._reference)
         sha = hashlib.sha256(str(tuple(weight.shape)).encode())
         for rows in weight.detach().split(DIGEST_ROWS):
             rounded = rows.to("cpu", torch.bfloat16)
@@ -170,19 +177,19 @@ def load_backbone(
     """
     place = resolve_device(device)
     float_type = resolve_dtype(dtype, place)
-    _check_quantization(quantization, place)
+    check_quantization(quantization, place)
     source = find_model(name_or_path, revision, notify)
-    with quiet_transformers():
+    with quiet_transformers(drop_stderr=source.gguf_file is not None):
         config = _load_config(source)
         _check_config(config, source, quantization)
         tokenizer = _load_tokenizer(source)
         model = _load_model(source, config, float_type, quantization, place)
+    if getattr(model, "is_loaded_in_8bit", False):
+        use_weight_only_int8(model)
     model.requires_grad_(False).eval()
-    if quantization == "int8":
-        _mute_int8_casts()
     eos, pad = _special_tokens(model, tokenizer)
-    reference = find_output_layer(model)[2]
-    vocab_size, hidden_size = reference.weight.shape
+    weight = output_weight(find_output_layer(model)[2])
+    vocab_size, hidden_size = weight.shape
     with quiet_transformers():
         scale = probe_output(model, tokenizer, source.description)
     return Backbone(
@@ -190,8 +197,8 @@ def load_backbone(
         tokenizer=tokenizer,
         name_or_path=name_or_path,
         source=source.description,
-        device=reference.weight.device,
-        dtype=reference.weight.dtype,
+        device=weight.device,
+        dtype=weight.dtype,
         hidden_size=hidden_size,
         vocab_size=vocab_size,
         eos_token_ids=eos,
@@ -208,13 +215,16 @@ def resolve_device(device: str) -> torch.device:
         TeaError: unknown name, or no such device.
     """
     if device not in DEVICES:
-        raise TeaError(f'model.device must be one of {", ".join(DEVICES)}, got "{device}".{did_you_mean(device, DEVICES)}')
+        hint = did_you_mean(device, DEVICES)
+        raise TeaError(f'model.device must be one of {", ".join(DEVICES)}, got "{device}".{hint}')
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
         device = next(name for name, there in available.items() if there)
     if not available[device]:
         there = ", ".join(name for name, here in available.items() if here)
-        raise TeaError(f"model.device is {device}, but torch finds none (available: {there}): use auto or cpu")
+        raise TeaError(
+            f"model.device is {device}, but torch finds none (available: {there}): use auto or cpu"
+        )
     return torch.device(device)
 
 
@@ -228,7 +238,9 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
         return DTYPES[dtype]
     if dtype != "auto":
         known = ("auto", *DTYPES)
-        raise TeaError(f'model.dtype must be one of {", ".join(known)}, got "{dtype}".{did_you_mean(dtype, known)}')
+        raise TeaError(
+            f'model.dtype must be one of {", ".join(known)}, got "{dtype}".{did_you_mean(dtype, known)}'
+        )
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     if device.type == "mps":
@@ -246,28 +258,13 @@ def cpu_has_bfloat16() -> bool:
     return any(getattr(torch.cpu, name, bool)() for name in checks)
 
 
-def _check_quantization(quantization: str, device: torch.device) -> None:
-    if quantization not in QUANTIZATIONS:
-        raise TeaError(
-            f'model.quantization must be one of {", ".join(QUANTIZATIONS)}, got "{quantization}".'
-            + did_you_mean(quantization, QUANTIZATIONS)
-        )
-    if quantization == "none":
-        return
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise TeaError(
-            f"model.quantization is {quantization}, but bitsandbytes is not installed: "
-            "`pip install bitsandbytes`, or set model.quantization to none"
-        )
-    if device.type == "mps":
-        raise TeaError(f"model.quantization is {quantization}, which is not supported on mps: use none, or device cpu")
-
-
 def _load_config(source: ModelSource) -> Any:
     from transformers import AutoConfig
 
     if source.gguf_file is not None and importlib.util.find_spec("gguf") is None:
-        raise TeaError("reading a .gguf file needs the package gguf, which is not installed: `pip install gguf`")
+        raise TeaError(
+            "reading a .gguf file needs the package gguf, which is not installed: `pip install gguf`"
+        )
     try:
         return AutoConfig.from_pretrained(source.path, **source.arguments())
     except Exception as error:
@@ -283,9 +280,13 @@ def _check_config(config: Any, source: ModelSource, quantization: str) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise TeaError(f"{wanted}, got the encoder-decoder model {kind} ({what}): choose another model")
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise TeaError(f"{wanted}, got {kind} ({what}), for which transformers has none: choose another model")
+        raise TeaError(
+            f"{wanted}, got {kind} ({what}), for which transformers has none: choose another model"
+        )
     if any("MaskedLM" in name for name in config.architectures or ()):
-        raise TeaError(f"{wanted}, got the encoder-only model {config.architectures[0]} ({what}): choose another model")
+        raise TeaError(
+            f"{wanted}, got the encoder-only model {config.architectures[0]} ({what}): choose another model"
+        )
     cap = getattr(config.get_text_config(), "final_logit_softcapping", None)
     if cap is not None:
         raise TeaError(
@@ -312,7 +313,9 @@ def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
             f"{one_line(error, 100)}): save one there with tokenizer.save_pretrained"
         ) from error
     if len(tokenizer) < 2:  # some classes build themselves empty when they find no vocabulary
-        raise TeaError(f"the tokenizer of {source.description} has no vocabulary: save its files beside config.json")
+        raise TeaError(
+            f"the tokenizer of {source.description} has no vocabulary: save its files beside config.json"
+        )
     tokenizer.padding_side = "left"
     return tokenizer
 
@@ -320,22 +323,15 @@ def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 def _load_model(
     source: ModelSource, config: Any, dtype: torch.dtype, quantization: str, device: torch.device
 ) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig
+    from transformers import AutoModelForCausalLM, GgufConfig
 
     kwargs = source.arguments()
     if source.gguf_file is not None:
         kwargs["quantization_config"] = GgufConfig(dequantize=True)
     else:
         kwargs["use_safetensors"] = True  # never unpickle weights
-    if quantization == "int8":
-        kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
-    elif quantization == "nf4":
-        kwargs["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
+    if quantization != "none":
+        kwargs["quantization_config"] = quantization_config(quantization, dtype)
     if quantization != "none" or device.type != "cpu":
         kwargs["device_map"] = {"": str(device)}
     # A dense CPU load gets no device map: its weights then stay memory-mapped, paged in as they are used.
@@ -344,11 +340,15 @@ def _load_model(
             source.path, config=config, dtype=dtype, output_loading_info=True, **kwargs
         )
     except (MemoryError, torch.OutOfMemoryError) as error:
-        raise TeaError(f"not enough memory to load {source.description}: try model.quantization nf4") from error
+        raise TeaError(
+            f"not enough memory to load {source.description}: try model.quantization nf4"
+        ) from error
     except Exception as error:
         pickled = "safetensors" in str(error)
         advice = ": only safetensors weights are read, try a revision that has them" if pickled else ""
-        raise TeaError(f"cannot load the weights of {source.description} ({one_line(error)}){advice}") from error
+        raise TeaError(
+            f"cannot load the weights of {source.description} ({one_line(error)}){advice}"
+        ) from error
     missing = sorted(info.get("missing_keys") or ())
     if missing:
         raise TeaError(
@@ -358,19 +358,9 @@ def _load_model(
     return model
 
 
-def _mute_int8_casts() -> None:
-    """Drop the one line bitsandbytes logs at every int8 product: thousands a second, and nothing to act on."""
-    bnb_logger = logging.getLogger("bitsandbytes.autograd._functions")
-    if not any(isinstance(f, _NoCastNotice) for f in bnb_logger.filters):
-        bnb_logger.addFilter(_NoCastNotice())
-
-
-class _NoCastNotice(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        return "inputs will be cast from" not in str(record.msg)
-
-
-def _special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], int]:
+def _special_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[tuple[int, ...], int]:
     """All ids that end a generation, and one to pad with; gives tokenizer and model the pad token if they lack one."""
     ids: list[int] = []
     for value in (model.generation_config.eos_token_id, tokenizer.eos_token_id, model.config.eos_token_id):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -70,7 +71,9 @@ def find_model(
         raise TeaError(f"expected a model folder, a .gguf file or a Hub id, got the file {path}")
     if not _looks_like_hub_id(name_or_path):
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise TeaError(f"no model folder at {path}.{did_you_mean(path.name, siblings)} Check model.name_or_path")
+        raise TeaError(
+            f"no model folder at {path}.{did_you_mean(path.name, siblings)} Check model.name_or_path"
+        )
     return _hub_source(name_or_path, revision, notify)
 
 
@@ -80,7 +83,9 @@ def _gguf_source(path: Path) -> ModelSource:
         raise TeaError(f"no GGUF file at {path}.{did_you_mean(path.name, near)} Check model.name_or_path")
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise TeaError(f"{path} is not a GGUF file (its first four bytes are not GGUF): download it again")
+            raise TeaError(
+                f"{path} is not a GGUF file (its first four bytes are not GGUF): download it again"
+            )
     return ModelSource(str(path.parent), f"GGUF file {path}", gguf_file=path.name)
 
 
@@ -89,9 +94,13 @@ def _check_folder(path: Path) -> None:
     if (path / "config.json").is_file():
         return
     if (path / "tea_config.json").is_file():
-        raise TeaError(f"{path} holds a TEA head, not a model: pass it as --head, and its base model as the model")
+        raise TeaError(
+            f"{path} holds a TEA head, not a model: pass it as --head, and its base model as the model"
+        )
     if (path / "adapter_config.json").is_file():
-        raise TeaError(f"{path} holds a PEFT adapter, not a model: merge it into its base model and save that first")
+        raise TeaError(
+            f"{path} holds a PEFT adapter, not a model: merge it into its base model and save that first"
+        )
     files = sorted(p.name for p in path.glob("*.gguf"))
     hint = f": pass the file itself, {path / files[0]}" if files else ": expected what save_pretrained writes"
     raise TeaError(f"the folder {path} has no config.json, so it is not a transformers model{hint}")
@@ -124,7 +133,9 @@ def _hub_source(name: str, revision: str | None, notify: Callable[[str], None] |
         advice = "set model.name_or_path to a local folder or a .gguf file"
         if packaged_gguf() is not None:
             advice += f", or use {DEFAULT_MODEL}, which is installed"
-    raise TeaError(f"no local folder {name}, and {name}{at} is not in the Hub cache while {unreachable}: {advice}")
+    raise TeaError(
+        f"no local folder {name}, and {name}{at} is not in the Hub cache while {unreachable}: {advice}"
+    )
 
 
 def _ask_hub(name: str, revision: str | None) -> str | None:
@@ -176,8 +187,12 @@ def one_line(error: BaseException, limit: int = 200) -> str:
 
 
 @contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' and the Hub client's progress bars, log lines and warnings; put everything back after."""
+def quiet_transformers(drop_stderr: bool = False) -> Iterator[None]:
+    """Silence transformers' and the Hub client's progress bars, log lines and warnings; put everything back after.
+
+    Args:
+        drop_stderr: also swallow what is written to ``sys.stderr``: the GGUF reader's bar obeys no switch.
+    """
     from huggingface_hub.utils import are_progress_bars_disabled
     from huggingface_hub.utils import disable_progress_bars as disable_hub_bars
     from huggingface_hub.utils import enable_progress_bars as enable_hub_bars
@@ -186,7 +201,8 @@ def quiet_transformers() -> Iterator[None]:
     verbosity = transformers_logging.get_verbosity()
     had_bars = transformers_logging.is_progress_bar_enabled()
     had_hub_bars = not are_progress_bars_disabled()
-    with warnings.catch_warnings():
+    stderr = contextlib.redirect_stderr(io.StringIO()) if drop_stderr else contextlib.nullcontext()
+    with warnings.catch_warnings(), stderr:
         warnings.simplefilter("ignore")
         try:
             transformers_logging.set_verbosity(transformers_logging.CRITICAL)

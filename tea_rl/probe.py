@@ -1,14 +1,14 @@
 """Find a causal LM's output layer and prove that the logits come from it alone.
 
-Swapping a module only changes the policy as intended when the model calls that module on the final state and does nothing
-to the result but scale it. Architectures differ in this and do not declare it, so it is measured: a probe layer with a
-known, wide output takes the layer's place for one forward pass.
+Swapping a module changes the policy as intended only when the model calls that module on the final state and does
+nothing to the result but scale it. Architectures differ in this and do not declare it, so it is measured: a probe layer
+with a known, wide output takes the layer's place for one forward pass.
 """
 
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,9 @@ def find_output_layer(model: PreTrainedModel) -> tuple[nn.Module, str, nn.Module
     layer = model.get_output_embeddings()
     kind = type(model).__name__
     if layer is None:
-        raise TeaError(f"{kind} has no output layer that could be replaced: choose a causal language model with an lm_head")
+        raise TeaError(
+            f"{kind} has no output layer to replace: choose a causal language model with an lm_head"
+        )
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
         raise TeaError(
@@ -51,15 +53,19 @@ def find_output_layer(model: PreTrainedModel) -> tuple[nn.Module, str, nn.Module
     raise TeaError(f"the output layer of {kind} is not one of its submodules: choose another model")
 
 
+def output_weight(layer: nn.Module) -> Tensor:
+    """The weight ``(V, D)`` of a layer from `find_output_layer`, which made sure that it is a matrix."""
+    return cast(Tensor, layer.weight)
+
+
 class _ProbeLayer(nn.Module):
     """Stands in for the output layer: remembers its input, returns the same known logits at every position."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.weight = layer.weight  # some models look at its dtype or device
+        self.weight = output_weight(layer)  # some models look at its dtype or device
         self.bias = None
-        size = layer.weight.shape[0]
-        self.register_buffer("logits", torch.linspace(-RANGE, RANGE, size, device=layer.weight.device))
+        self.logits = torch.linspace(-RANGE, RANGE, self.weight.shape[0], device=self.weight.device)
         self.seen: Tensor | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -85,32 +91,47 @@ def probe_output(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wha
     """
     kind, body = type(model).__name__, model.base_model
     if body is model:
-        raise TeaError(f"{what} ({kind}) does not separate its transformer from its output layer: choose another model")
+        raise TeaError(
+            f"{what} ({kind}) does not separate its transformer from its output layer: choose another model"
+        )
     if "past_key_values" not in inspect.signature(body.forward).parameters:
-        raise TeaError(f"{what} ({kind}) keeps no key-value cache (a recurrent model?), which the decode loop needs")
+        raise TeaError(
+            f"{what} ({kind}) keeps no key-value cache (a recurrent model?), which the decode loop needs: choose another model"
+        )
     parent, attribute, layer = find_output_layer(model)
-    ids = _some_tokens(tokenizer, layer.weight.shape[0]).to(layer.weight.device)
+    weight = output_weight(layer)
+    ids = _some_tokens(tokenizer, weight.shape[0]).to(weight.device)
     probe = _ProbeLayer(layer)
     setattr(parent, attribute, probe)
     try:
         result = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     except Exception as error:
-        raise TeaError(f"{what} ({kind}) does not run with another output layer in place: {error!r}") from error
+        raise TeaError(
+            f"{what} ({kind}) does not run with another output layer in place: {error!r}"
+        ) from error
     finally:
         setattr(parent, attribute, layer)
     if probe.seen is None:
         raise TeaError(f"{what} ({kind}) does not call its output layer as a module: choose another model")
     states = probe.seen.float()
     if not bool(torch.isfinite(states).all()):
-        dtype = str(layer.weight.dtype).removeprefix("torch.")
-        raise TeaError(f"{what} gives NaN or infinite hidden states in {dtype}: set model.dtype to float32 or bfloat16")
-    _check_causal(body, ids, what, kind)
-    direct = body(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).last_hidden_state
-    if states.shape != direct.shape or _difference(states, direct.float()) > _tolerance(layer):
+        dtype = str(weight.dtype).removeprefix("torch.")
+        raise TeaError(
+            f"{what} gives NaN or infinite hidden states in {dtype}: set model.dtype to float32 or bfloat16"
+        )
+    direct = _body_states(body, ids)
+    changed = ids.clone()
+    changed[0, -1] = (ids[0, -1] + 1) % weight.shape[0]
+    if _difference(direct[:, :-1], _body_states(body, changed)[:, :-1]) > CAUSAL:
+        raise TeaError(
+            f"expected a causal language model, but in {what} ({kind}) earlier states depend on later tokens "
+            "(an encoder): choose another model"
+        )
+    if states.shape != direct.shape or _difference(states, direct) > _tolerance(weight):
         raise TeaError(
             f"{what} ({kind}) changes the final state between transformer and output layer: choose another model"
         )
-    return _scale(probe.logits, result, _tolerance(layer), model, what)
+    return _scale(probe.logits, result, _tolerance(weight), model, what)
 
 
 def _some_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor:
@@ -122,17 +143,9 @@ def _some_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor:
     return torch.tensor([ids])
 
 
-def _check_causal(body: nn.Module, ids: Tensor, what: str, kind: str) -> None:
-    changed = ids.clone()
-    changed[0, -1] = ids[0, 0] if ids[0, 0] != ids[0, -1] else (ids[0, -1] + 1) % max(2, int(ids.max()))
-    mask = torch.ones_like(ids)
-    states = [body(input_ids=x, attention_mask=mask, use_cache=False).last_hidden_state for x in (ids, changed)]
-    before, after = (s[:, :-1].float() for s in states)
-    if _difference(before, after) > CAUSAL:
-        raise TeaError(
-            f"expected a causal language model, but in {what} ({kind}) earlier states depend on later tokens "
-            "(an encoder): choose another model"
-        )
+def _body_states(body: nn.Module, ids: Tensor) -> Tensor:
+    """Final states ``(1, T, D)`` in float32."""
+    return body(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).last_hidden_state.float()
 
 
 def _scale(known: Tensor, result: Tensor, tolerance: float, model: PreTrainedModel, what: str) -> float:
@@ -160,8 +173,8 @@ def _scale(known: Tensor, result: Tensor, tolerance: float, model: PreTrainedMod
     return nearest if abs(nearest - factor) <= tolerance * factor else factor
 
 
-def _tolerance(layer: nn.Module) -> float:
-    return EXACT if layer.weight.dtype == torch.float32 else ROUNDED
+def _tolerance(weight: Tensor) -> float:
+    return EXACT if weight.dtype == torch.float32 else ROUNDED
 
 
 def _difference(a: Tensor, b: Tensor) -> float:

@@ -1,6 +1,7 @@
 """Settings every test shares. They are made before torch or transformers is imported."""
 
 import os
+import sys
 
 # No test may reach for the network: the real model comes from an installed package, the others from configurations.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,3 +11,6 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 # Rich and typer wrap and colour by terminal; tests read what they print.
 os.environ.setdefault("NO_COLOR", "1")
 os.environ.setdefault("COLUMNS", "200")
+
+# Helpers that several test modules share lie beside this file.
+sys.path.insert(0, os.path.dirname(__file__))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,18 +12,23 @@ from tea_rl import __version__
 from tea_rl.cli import chat, doctor, evaluate, generate, recipes, train
 from tea_rl.errors import TeaError, did_you_mean
 
-
 #: Typer carries its own copy of click in newer releases; the base class is reached through what it exports.
-_UsageMistake = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+_UsageMistake: type[Exception] = next(
+    base
+    for base in typer.BadParameter.__mro__
+    if base.__name__ == "ClickException" and issubclass(base, Exception)
+)
 
 
 class _SuggestingGroup(typer.core.TyperGroup):
     """Answers a mistyped command with the nearest one."""
 
-    def resolve_command(self, ctx: typer.Context, args: list[str]):
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and self.get_command(ctx, args[0]) is None:
             known = self.list_commands(ctx)
-            raise TeaError(f'no command "{args[0]}".{did_you_mean(args[0], known)} Commands: {", ".join(known)}')
+            raise TeaError(
+                f'no command "{args[0]}".{did_you_mean(args[0], known)} Commands: {", ".join(known)}'
+            )
         return super().resolve_command(ctx, args)
 
 
@@ -47,7 +52,8 @@ def _print_version(value: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
     ] = False,
 ) -> None:
     pass
@@ -69,7 +75,8 @@ def main(args: Sequence[str] | None = None) -> None:
         code = _fail(str(error))
     except _UsageMistake as error:
         # Without arguments the help is the message, and has been printed.
-        message, context = error.format_message(), getattr(error, "ctx", None)
+        mistake: Any = error
+        message, context = mistake.format_message(), getattr(mistake, "ctx", None)
         where = f"; see {context.command_path} --help" if context else ""
         code = _fail(message.rstrip(".") + where) if message.strip() else 2
     except (KeyboardInterrupt, typer.Abort):

@@ -13,7 +13,9 @@ _HELP = "Type a message. /strength 0.5 changes the head's strength, /reset forge
 
 def chat(
     head: HeadOption,
-    strength: Annotated[str, typer.Option("--strength", help="Scale of the correction; 0 is the base model.")] = "1",
+    strength: Annotated[
+        str, typer.Option("--strength", help="Scale of the correction; 0 is the base model.")
+    ] = "1",
     system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")] = 0.7,
@@ -46,7 +48,12 @@ def chat(
             _command(line, tea)
         elif line:
             turns.append({"role": "user", "content": line})
-            turns.append({"role": "assistant", "content": _answer(backbone, turns, streamer, max_new_tokens, temperature)})
+            turns.append(
+                {
+                    "role": "assistant",
+                    "content": _answer(backbone, turns, streamer, max_new_tokens, temperature),
+                }
+            )
 
 
 def _read_line() -> str | None:

@@ -15,13 +15,20 @@ if TYPE_CHECKING:
     from tea_rl.backbone import Backbone
     from tea_rl.head.layer import TeaHead
 
-HeadOption = Annotated[Path, typer.Option("--head", help="Folder of a saved TEA head, such as runs/NAME/head.")]
+HeadOption = Annotated[
+    Path, typer.Option("--head", help="Folder of a saved TEA head, such as runs/NAME/head.")
+]
 ModelOption = Annotated[
-    str | None, typer.Option("--model", help="Base model, if not where the head remembers it: Hub id, folder or .gguf.")
+    str | None,
+    typer.Option("--model", help="Base model, if not where the head remembers it: Hub id, folder or .gguf."),
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe value, such as --set train.max_steps=5. Repeatable."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a recipe value, such as --set train.max_steps=5. Repeatable.",
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
 
@@ -45,9 +52,13 @@ def parse_strengths(text: str) -> list[float]:
     try:
         values = [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise TeaError(f'--strength takes numbers separated by commas, such as 0,0.5,1; got "{text}"') from error
+        raise TeaError(
+            f'--strength takes numbers separated by commas, such as 0,0.5,1; got "{text}"'
+        ) from error
     if any(not 0.0 <= value <= 100.0 for value in values):
-        raise TeaError(f'--strength takes numbers from 0 (original model) up, 1 is the trained head; got "{text}"')
+        raise TeaError(
+            f'--strength takes numbers from 0 (original model) up, 1 is the trained head; got "{text}"'
+        )
     return values
 
 

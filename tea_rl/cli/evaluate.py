@@ -28,7 +28,9 @@ def evaluate(
     num_generations: Annotated[
         int | None, typer.Option(min=1, help="Sampled completions for each prompt; the recipe's by default.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the sampling; the recipe's by default.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Seed of the sampling; the recipe's by default.")
+    ] = None,
     overrides: SetOption = None,
     model: ModelOption = None,
     as_json: JsonOption = False,
@@ -51,7 +53,9 @@ def evaluate(
 
     _, held_out = prepare_prompts(loaded, backbone)
     if not len(held_out):
-        raise TeaError(f"recipe {loaded.name} holds out no prompts; set data.eval_fraction or data.eval_prompts")
+        raise TeaError(
+            f"recipe {loaded.name} holds out no prompts; set data.eval_fraction or data.eval_prompts"
+        )
     settings = decode_settings(loaded, num_generations or loaded.train.eval_generations)
     rows = []
     for value in strengths:

@@ -6,7 +6,15 @@ from typing import Annotated
 
 import typer
 
-from tea_rl.cli.common import HeadOption, JsonOption, ModelOption, load_head, parse_strengths, print_json, render_prompt
+from tea_rl.cli.common import (
+    HeadOption,
+    JsonOption,
+    ModelOption,
+    load_head,
+    parse_strengths,
+    print_json,
+    render_prompt,
+)
 
 
 def generate(
@@ -15,7 +23,9 @@ def generate(
     strength: Annotated[
         str, typer.Option("--strength", help="Scale of the correction; a list such as 0,0.5,1 prints each.")
     ] = "1",
-    compare: Annotated[bool, typer.Option("--compare", help="Print the base model's completion, too.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Print the base model's completion, too.")
+    ] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Send the prompt through the chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest completion, in tokens.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")] = 1.0,
@@ -59,6 +69,12 @@ def generate(
         print_json({"prompt": prompt, "completions": rows})
         return
     for row in rows:
-        label = "base" if row["strength"] == 0.0 else "trained" if row["strength"] == 1.0 else f"strength {row['strength']:g}"
+        label = (
+            "base"
+            if row["strength"] == 0.0
+            else "trained"
+            if row["strength"] == 1.0
+            else f"strength {row['strength']:g}"
+        )
         shown = row["completion"] if chat else prompt + row["completion"]
         typer.echo(f"{label:>8} | {shown}" if len(rows) > 1 else shown)

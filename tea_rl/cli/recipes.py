@@ -12,7 +12,9 @@ from tea_rl.cli.common import JsonOption, SetOption, print_json
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this recipe, resolved with all defaults.")] = None,
     overrides: SetOption = None,
-    schema: Annotated[bool, typer.Option("--schema", help="Print every key with its default and meaning.")] = False,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print every key with its default and meaning.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """List the shipped recipes, print one, or print the schema.

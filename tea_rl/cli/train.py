@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tea_rl.cli.common import SetOption, is_terminal, note, quiet_transformers
+from tea_rl.training.progress import Listener
 
 if TYPE_CHECKING:
     from tea_rl.training.online import TrainResult
@@ -23,7 +24,8 @@ def train(
         Path | None, typer.Option("--output", help="Run directory; by default runs/<recipe>-<time>.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run in --output from its newest complete checkpoint.")
+        bool,
+        typer.Option("--resume", help="Continue the run in --output from its newest complete checkpoint."),
     ] = False,
 ) -> None:
     """Train a TEA head with rewards.
@@ -43,7 +45,9 @@ def train(
     with _StopOnSignal() as stop, _TrainingDisplay() as display:
         result = run_training(loaded, output, resume=resume, listener=display, should_stop=stop)
     if result.stopped:
-        note(f"stopped after step {result.step}; continue with: tea-rl train {recipe} --output {result.path} --resume")
+        note(
+            f"stopped after step {result.step}; continue with: tea-rl train {recipe} --output {result.path} --resume"
+        )
         raise typer.Exit(130)
     _print_outcome(result)
 
@@ -58,7 +62,9 @@ class _StopOnSignal:
         return self.requested
 
     def __enter__(self) -> _StopOnSignal:
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {
+            number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -72,8 +78,8 @@ class _StopOnSignal:
         note("stopping: this step is finished and saved first (again to quit at once)")
 
 
-class _TrainingDisplay:
-    """A progress bar with live figures on a terminal, plain lines elsewhere. Listens to a run (see `Listener`)."""
+class _TrainingDisplay(Listener):
+    """A progress bar with live figures on a terminal, plain lines elsewhere."""
 
     def __init__(self) -> None:
         from rich.console import Console

@@ -75,7 +75,8 @@ def evaluate(
         (surprise of the samples under the original model, nats a token, mean over completions),
         ``eval_completion_length`` (tokens).
     """
-    totals, terms, texts, kls, surprises, lengths, samples = [], {}, [], [], [], [], []
+    terms: dict[str, list[float]] = {}
+    totals, texts, kls, surprises, lengths, samples = [], [], [], [], [], []
     for part, generated in _rollouts(backbone, head, prompts, settings, seed):
         batch = score(rewards, part.prompts, generated)
         totals += batch.total
@@ -88,10 +89,14 @@ def evaluate(
         every = slice(None, None, settings.num_generations)
         samples += [
             Sample(*row)
-            for row in zip([p.text for p in part.prompts], generated.texts[every], batch.total[every], strict=True)
+            for row in zip(
+                [p.text for p in part.prompts], generated.texts[every], batch.total[every], strict=True
+            )
         ]
     greedy = []
-    for part, generated in _rollouts(backbone, head, prompts, replace(settings, greedy=True, num_generations=1), seed):
+    for part, generated in _rollouts(
+        backbone, head, prompts, replace(settings, greedy=True, num_generations=1), seed
+    ):
         greedy += score(rewards, part.prompts, generated).total
     metrics = {
         "eval_reward": mean(totals),

@@ -194,7 +194,7 @@ def _metrics(metrics: list[dict[str, Any]]) -> str:
 def _first_last(rows: list[dict[str, Any]], key: str) -> str:
     first, last = rows[0].get(key), rows[-1].get(key)
     change = ""
-    if all(isinstance(value, int | float) and math.isfinite(value) for value in (first, last)):
+    if isinstance(first, int | float) and isinstance(last, int | float) and math.isfinite(last - first):
         change = ("+" if last >= first else "") + _number(last - first)
     return "".join(f'<td class="number">{text}</td>' for text in (_number(first), _number(last), change))
 

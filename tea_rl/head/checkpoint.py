@@ -27,7 +27,9 @@ def save_pretrained(head: TeaHead, folder: str | Path) -> None:
         TeaError: if the head holds a number that is not finite; nothing is written then.
     """
     if not head.is_finite():
-        raise TeaError("the head holds numbers that are not finite and was not saved; resume from the last checkpoint")
+        raise TeaError(
+            "the head holds numbers that are not finite and was not saved; resume from the last checkpoint"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = {
@@ -56,14 +58,18 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         hint = f"; did you mean {folder / 'head'}?" if (folder / "head" / CONFIG_NAME).is_file() else ""
         what = "there is no such folder" if not folder.exists() else f"it has no {CONFIG_NAME}"
-        raise TeaError(f"expected a saved TEA head in {folder}, but {what}{hint or '; train one with `tea-rl train`'}")
+        raise TeaError(
+            f"expected a saved TEA head in {folder}, but {what}{hint or '; train one with `tea-rl train`'}"
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         HeadConfig(**config["head"])
         config["reference_digest"], config["hidden_size"], config["vocab_size"], config["logit_scale"]  # noqa: B018
     except (ValueError, KeyError, TypeError) as error:
         first = str(error).splitlines()[0]
-        raise TeaError(f"{path} is not a valid head configuration ({first}); take another copy of the head") from error
+        raise TeaError(
+            f"{path} is not a valid head configuration ({first}); take another copy of the head"
+        ) from error
     return config
 
 
@@ -133,7 +139,9 @@ def push_to_hub(head: TeaHead, repo_id: str, *, private: bool = False, token: st
         save_pretrained(head, folder)
         try:
             api.create_repo(repo_id, private=private, exist_ok=True)
-            return str(api.upload_folder(folder_path=folder, repo_id=repo_id, commit_message="Upload TEA head"))
+            return str(
+                api.upload_folder(folder_path=folder, repo_id=repo_id, commit_message="Upload TEA head")
+            )
         except (HfHubHTTPError, OSError) as error:
             first = str(error).splitlines()[0]
             raise TeaError(

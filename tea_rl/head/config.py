@@ -22,17 +22,22 @@ class HeadConfig(BaseModel):
         "tied", description="How a correction reaches the logits: tied = through the reference head."
     )
     shortlist_size: int | Literal["all"] = Field(
-        128, description='Tokens corrected one by one at each position (the rest moves together); "all" for every token.'
+        128,
+        description='Tokens corrected one by one at each position (the rest moves together); "all" for every token.',
     )
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout inside a member.")
     member_dropout: float = Field(
-        0.0, ge=0.0, lt=1.0, description="Share of whole members dropped per training batch; one always survives."
+        0.0,
+        ge=0.0,
+        lt=1.0,
+        description="Share of whole members dropped per training batch; one always survives.",
     )
     feature_fraction: float = Field(
         1.0, gt=0.0, le=1.0, description="Share of the hidden features that each member sees."
     )
     random_widths: bool = Field(
-        False, description="Draw member widths from an exponential around hidden_sizes, never below a sixth of it."
+        False,
+        description="Draw member widths from an exponential around hidden_sizes, never below a sixth of it.",
     )
     aggregation: Literal["sum", "mean"] = Field("sum", description="How member corrections combine.")
     train_reference: bool = Field(

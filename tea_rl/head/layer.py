@@ -54,7 +54,12 @@ class TeaHead(nn.Module):
     """
 
     def __init__(
-        self, reference: nn.Module, config: HeadConfig | None = None, *, logit_scale: float = 1.0, seed: int = 0
+        self,
+        reference: nn.Module,
+        config: HeadConfig | None = None,
+        *,
+        logit_scale: float = 1.0,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         config = config or HeadConfig()
@@ -71,6 +76,8 @@ class TeaHead(nn.Module):
                 f"head.shortlist_size {config.shortlist_size} does not fit a vocabulary of {self.vocab_size} tokens; "
                 'take a smaller one, or "all"'
             )
+        #: ``k``; the whole vocabulary in full-vocabulary mode.
+        self.shortlist_size = self.vocab_size if config.shortlist_size == "all" else config.shortlist_size
         self.weight = weight
         self.bias = getattr(reference, "bias", None)
         self.logit_scale = logit_scale
@@ -144,7 +151,7 @@ class TeaHead(nn.Module):
         if self.full_vocabulary:
             out = flat + self.strength * self._full_correction(states)
         else:
-            ids = flat.topk(self.config.shortlist_size, dim=-1).indices
+            ids = flat.topk(self.shortlist_size, dim=-1).indices
             delta, shift = self.shortlist_correction(states, ids)
             # policy logits are logit_scale * raw, and the shift is in policy units
             tail = flat + (self.strength / self.logit_scale) * shift.unsqueeze(1)
@@ -197,7 +204,7 @@ class TeaHead(nn.Module):
         """Reference shortlist of positions, and the tail's distribution ``(N, V)`` (see `build_shortlist`)."""
         if self.full_vocabulary:
             raise TeaError('shortlist_size "all" has no shortlist; use full_logits')
-        return build_shortlist(self.reference_logits(hidden_states, temperature), self.config.shortlist_size)
+        return build_shortlist(self.reference_logits(hidden_states, temperature), self.shortlist_size)
 
     # -- what a loss needs --------------------------------------------------------------------------------------------
 
@@ -237,7 +244,9 @@ class TeaHead(nn.Module):
             logps, base_logps = logits.log_softmax(dim=-1), base.log_softmax(dim=-1)
             kl = divergence("reverse_kl", logits, base, logps, base_logps)
             penalty = kl if anchor == "reverse_kl" else divergence(anchor, logits, base, logps, base_logps)
-            return PolicyTerms(action_logps(logps, chosen, torch.zeros_like(kl)), penalty, kl, entropy(logps, None))
+            return PolicyTerms(
+                action_logps(logps, chosen, torch.zeros_like(kl)), penalty, kl, entropy(logps, None)
+            )
 
         chunks = [
             checkpoint(chunk_terms, states, chosen, use_reentrant=False)
@@ -254,7 +263,7 @@ class TeaHead(nn.Module):
         Zero for a fresh head and for a single member. Shape: ``(..., D)`` to ``(...)``, in squared logit units.
         """
         states = hidden_states.reshape(-1, self.hidden_size)
-        size = min(128, self.vocab_size) if self.full_vocabulary else self.config.shortlist_size
+        size = min(128, self.shortlist_size)
         ids = self.reference_logits(states).topk(size, dim=-1).indices
         per_member, _ = self.members.corrections_per_member(states)
         deltas = torch.stack([shortlist_product(g, self.weight, ids) for g in per_member])

@@ -29,6 +29,9 @@ class PackedMembers(nn.Module):
         seed: of the initialisation (weights, feature subsets, random widths).
     """
 
+    feature_index: Tensor | None
+    widths: Tensor
+
     def __init__(self, config: HeadConfig, hidden_size: int, seed: int = 0) -> None:
         super().__init__()
         self.config = config
@@ -40,7 +43,10 @@ class PackedMembers(nn.Module):
         subsets = None
         if num_features < hidden_size:
             subsets = torch.stack(
-                [torch.randperm(hidden_size, generator=rng)[:num_features].sort().values for _ in range(num_members)]
+                [
+                    torch.randperm(hidden_size, generator=rng)[:num_features].sort().values
+                    for _ in range(num_members)
+                ]
             )
         self.register_buffer("feature_index", subsets)
         self.register_buffer("widths", _draw_widths(config, rng))
@@ -53,7 +59,9 @@ class PackedMembers(nn.Module):
         for layer in range(len(config.hidden_sizes)):
             width = self.widths[:, layer]
             packed_out = int(width.max())
-            weight = torch.randn(num_members, packed_in, packed_out, generator=rng) * fan_in.rsqrt()[:, None, None]
+            weight = (
+                torch.randn(num_members, packed_in, packed_out, generator=rng) * fan_in.rsqrt()[:, None, None]
+            )
             self.weights.append(nn.Parameter(weight * _unit_mask(width, packed_out)))
             self.biases.append(nn.Parameter(torch.zeros(num_members, 1, packed_out)))
             fan_in, packed_in = width, packed_out

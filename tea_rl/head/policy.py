@@ -112,7 +112,9 @@ class _ShortlistProduct(torch.autograd.Function):
         for start in range(0, ids.shape[0], _GATHER_ROWS):
             block = slice(start, start + _GATHER_ROWS)
             rows = F.embedding(ids[block], weight)
-            grad_g[block] = torch.bmm(grad_out[block].to(rows.dtype).unsqueeze(1), rows).squeeze(1).to(ctx.g_dtype)
+            grad_g[block] = (
+                torch.bmm(grad_out[block].to(rows.dtype).unsqueeze(1), rows).squeeze(1).to(ctx.g_dtype)
+            )
         return grad_g, None, None
 
 

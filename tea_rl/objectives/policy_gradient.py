@@ -7,7 +7,11 @@ from torch import Tensor
 
 
 def clipped_surrogate(
-    logps: Tensor, behaviour_logps: Tensor, advantages: Tensor, clip_range: float, clip_range_high: float | None = None
+    logps: Tensor,
+    behaviour_logps: Tensor,
+    advantages: Tensor,
+    clip_range: float,
+    clip_range_high: float | None = None,
 ) -> Tensor:
     """PPO's clipped loss per token (Schulman et al. 2017, eq. 7), to be minimised.
 

@@ -49,7 +49,10 @@ class DecodeSettings:
 
 def row_uniforms(keys: Sequence[Sequence[int]], length: int) -> Tensor:
     """Two uniforms for every token of every row, from the row's own key: ``(len(keys), length, 2)``, float64."""
-    draws = [np.random.Generator(np.random.Philox(np.random.SeedSequence(list(key)))).random((length, 2)) for key in keys]
+    draws = [
+        np.random.Generator(np.random.Philox(np.random.SeedSequence(list(key)))).random((length, 2))
+        for key in keys
+    ]
     return torch.from_numpy(np.stack(draws))
 
 
@@ -171,7 +174,9 @@ def _ending_tokens(backbone: Backbone, stop: tuple[str, ...]) -> Tensor:
 class _Sequences:
     """The growing sequences: cache, masks and the newest hidden state of every row still in the batch."""
 
-    def __init__(self, backbone: Backbone, prompts: Sequence[Sequence[int]], settings: DecodeSettings) -> None:
+    def __init__(
+        self, backbone: Backbone, prompts: Sequence[Sequence[int]], settings: DecodeSettings
+    ) -> None:
         self.backbone = backbone
         repeats = settings.num_generations
         states, mask, self.cache = _prefill(backbone, prompts)
@@ -236,7 +241,9 @@ def _prefill(backbone: Backbone, prompts: Sequence[Sequence[int]]) -> tuple[Tens
         mask[row, shared + longest - len(tokens) :] = 1
     ids, mask = ids.to(device), mask.to(device)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, shared:]
-    states = backbone.forward(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+    states = backbone.forward(
+        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache
+    )
     return states[:, -1], mask, cache
 
 
@@ -244,7 +251,8 @@ def _shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """Length of the token prefix common to all prompts, leaving each at least one token; 0 where not worth it."""
     if len(prompts) < 2:
         return 0
-    first, last = min(prompts), max(prompts)
+    ordered = sorted(map(list, prompts))
+    first, last = ordered[0], ordered[-1]
     shortest = min(map(len, prompts)) - 1
     shared = 0
     while shared < shortest and first[shared] == last[shared]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ class TokenBatch:
 
     def select(self, index: Tensor) -> TokenBatch:
         """The tokens at ``index``, in that order."""
-        values = {}
+        values: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Shortlist):
@@ -59,7 +60,7 @@ class TokenBatch:
     @staticmethod
     def cat(batches: Sequence[TokenBatch]) -> TokenBatch:
         """Join batches of one mode."""
-        values = {}
+        values: dict[str, Any] = {}
         for field in fields(TokenBatch):
             parts = [getattr(batch, field.name) for batch in batches]
             if isinstance(parts[0], Shortlist):

@@ -75,7 +75,7 @@ def newest_checkpoint(run_path: str | Path) -> tuple[Path, int, list[str]] | Non
     Raises:
         TeaError: if there are checkpoints and all are damaged.
     """
-    warnings = []
+    warnings: list[str] = []
     for step, path in reversed(_checkpoints(Path(run_path) / CHECKPOINTS_NAME)):
         damage = _damage(path, step)
         if damage is None:

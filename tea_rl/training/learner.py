@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,8 +56,14 @@ class Learner:
         self.temperature = temperature
         self.optimizer = build_optimizer(head.trainable_parameters(), train)
         self.scheduler = get_scheduler(
-            train.lr_scheduler_type, self.optimizer, num_warmup_steps=train.warmup_steps, num_training_steps=total_steps
+            train.lr_scheduler_type,
+            self.optimizer,
+            num_warmup_steps=train.warmup_steps,
+            num_training_steps=total_steps,
         )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch expects an optimizer step first
+            self.scheduler.step()  # warm-up begins at 1/n: a first step at 0 would be wasted
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
 
@@ -73,7 +80,7 @@ class Learner:
         Raises:
             TeaError: after ``max_skipped_steps`` minibatches in a row with a loss or gradient that is not finite.
         """
-        self.scheduler.step()  # first, so that warm-up starts at 1/n instead of a wasted step at 0
+        learning_rate = self.scheduler.get_last_lr()[0]
         self.head.train()
         losses, norms, seen = [], [], 0
         for index, first_pass in self._minibatches(len(tokens), generator):
@@ -94,11 +101,12 @@ class Learner:
             losses.append(loss.item())
             norms.append(norm)
         self.head.eval()
+        self.scheduler.step()
         return UpdateReport(
             loss=sum(losses) / len(losses),
             grad_norm=sum(norms) / len(norms),
             inner_epochs=seen / len(tokens),
-            learning_rate=self.scheduler.get_last_lr()[0],
+            learning_rate=learning_rate,
             skipped_steps=self.skipped_steps,
         )
 
@@ -143,7 +151,9 @@ class Learner:
 
     def state(self) -> dict[str, Any]:
         """Counters and schedule, as JSON values; the optimizer's tensors are saved apart."""
-        schedule = {k: v for k, v in self.scheduler.state_dict().items() if isinstance(v, int | float | bool | list)}
+        schedule = {
+            k: v for k, v in self.scheduler.state_dict().items() if isinstance(v, int | float | bool | list)
+        }
         schedule.pop("lr_lambdas", None)
         return {
             "scheduler": schedule,
@@ -168,7 +178,11 @@ def build_optimizer(parameters: list[torch.nn.Parameter], train: TrainConfig) ->
         from bitsandbytes.optim import AdEMAMix
 
         return AdEMAMix(
-            parameters, lr=train.learning_rate, betas=(*betas, 0.9999), weight_decay=train.weight_decay, optim_bits=32
+            parameters,
+            lr=train.learning_rate,
+            betas=(*betas, 0.9999),
+            weight_decay=train.weight_decay,
+            optim_bits=32,
         )
     return torch.optim.AdamW(
         parameters, lr=train.learning_rate, betas=betas, weight_decay=train.weight_decay, fused=True

@@ -17,11 +17,21 @@ from tea_rl.errors import TeaError
 from tea_rl.head.layer import TeaHead
 from tea_rl.recipe import Recipe
 
-_PACKAGES = ("torch", "transformers", "bitsandbytes", "tokenizers", "safetensors", "numpy", "gymnasium", "datasets")
-#: Settings that may differ on resume: none of them changes what a step computes.
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "bitsandbytes",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "gymnasium",
+    "datasets",
+)
+#: Settings that may differ on resume: none of them changes what a step computes (nor does ``train.max_steps``, under a
+#: schedule that does not look ahead).
 _FREE_ON_RESUME = {
     ("description",),
-    ("train", "max_steps"),
+    ("train", "eval_steps"),
     ("train", "save_steps"),
     ("train", "save_total_limit"),
     ("train", "report_to"),
@@ -60,10 +70,15 @@ def check_same_run(path: Path, recipe: Recipe, backbone: Backbone, digest: str) 
     except FileNotFoundError:
         return  # killed before its first line was written: nothing to contradict
     now = yaml.safe_load(recipe.to_yaml())
-    changed = [key for key in _differences(before, now) if key not in _FREE_ON_RESUME]
+    free = set(_FREE_ON_RESUME)
+    if recipe.train.lr_scheduler_type.startswith("constant"):
+        free.add(("train", "max_steps"))
+    changed = [key for key in _differences(before, now) if key not in free]
     if changed:
         names = ", ".join(".".join(key) for key in changed)
-        raise TeaError(f"cannot resume {path}: the recipe differs from the run's in {names}; set it back or start a new run")
+        raise TeaError(
+            f"cannot resume {path}: the recipe differs from the run's in {names}; set it back or start a new run"
+        )
     for name, came in (
         ("base_model_digest", backbone.digest),
         ("data_digest", digest),
@@ -79,7 +94,11 @@ def check_same_run(path: Path, recipe: Recipe, backbone: Backbone, digest: str) 
 def _differences(before: Any, now: Any, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     if isinstance(before, dict) and isinstance(now, dict):
         names = sorted(before.keys() | now.keys())
-        return [key for name in names for key in _differences(before.get(name), now.get(name), (*prefix, str(name)))]
+        return [
+            key
+            for name in names
+            for key in _differences(before.get(name), now.get(name), (*prefix, str(name)))
+        ]
     return [] if before == now else [prefix]
 
 

@@ -80,8 +80,7 @@ def train(
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
     listener = listener or Listener()
     with RunDirectory.create(Path(output), resume=resume) as run:
-        trainer = OnlineTrainer(recipe, run, listener)
-        return trainer.run_to_end(resume, should_stop)
+        return OnlineTrainer(recipe, run, listener, resume).run_to_end(should_stop)
 
 
 def decode_settings(recipe: Recipe, num_generations: int) -> DecodeSettings:
@@ -98,20 +97,24 @@ def prepare_prompts(recipe: Recipe, backbone: Backbone) -> tuple[PromptSet, Prom
     """A recipe's training and held-out prompts, tokenised; refuses those that leave no room for the completion."""
     room = backbone.max_length - recipe.rollout.max_completion_length
     splits = load_prompts(recipe.data, backbone.tokenizer)
-    training, held_out = (PromptSet(part, tokenize_prompts(part, backbone.tokenizer, room)) for part in splits)
+    training, held_out = (
+        PromptSet(part, tokenize_prompts(part, backbone.tokenizer, room)) for part in splits
+    )
     return training, held_out
 
 
 class OnlineTrainer:
     """One run: owns the head, the learner and the run directory; `train` is the usual way in."""
 
-    def __init__(self, recipe: Recipe, run: RunDirectory, listener: Listener) -> None:
-        self.recipe, self.run, self.listener = recipe, run, listener
+    def __init__(self, recipe: Recipe, run: RunDirectory, listener: Listener, resume: bool) -> None:
+        self.recipe, self.run, self.listener, self.resume = recipe, run, listener, resume
         if recipe.train.num_threads is not None:
             torch.set_num_threads(recipe.train.num_threads)
         # Everything that can be wrong with the recipe's own files is found before the model is loaded.
         self.rewards = load_rewards(recipe.rewards, recipe.base_dir)
-        self.tracker = make_tracker(recipe.train.report_to, run.path, recipe.model_dump())
+        self.checkpoint = newest_checkpoint(run.path) if resume else None
+        resume_step = self.checkpoint[1] if self.checkpoint else None
+        self.tracker = make_tracker(recipe.train.report_to, run.path, recipe.model_dump(), resume_step)
         listener.on_note(f"loading {recipe.model.name_or_path}")
         self.backbone = load_backbone(**recipe.model.model_dump(), notify=listener.on_note)
         self.training_prompts, self.held_out = prepare_prompts(recipe, self.backbone)
@@ -134,10 +137,10 @@ class OnlineTrainer:
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
-    def run_to_end(self, resume: bool, should_stop: Callable[[], bool]) -> TrainResult:
+    def run_to_end(self, should_stop: Callable[[], bool]) -> TrainResult:
         """Steps, evaluations and checkpoints until ``max_steps`` or a stop, then the final head, plots and page."""
         train = self.recipe.train
-        step = self._resume() if resume else self._begin()
+        step = self._resume() if self.resume else self._begin()
         self.listener.on_start(step + 1, train.max_steps)
         stopped, saved = False, step
         if step == 0:
@@ -155,14 +158,18 @@ class OnlineTrainer:
         if self.last_evaluation is None and not stopped:
             self._evaluate(saved, record=False)
         self._finish()
-        return TrainResult(self.run.path, step, stopped and step < train.max_steps, self.last_evaluation, self.base_samples)
+        return TrainResult(
+            self.run.path, step, stopped and step < train.max_steps, self.last_evaluation, self.base_samples
+        )
 
     def _step(self, step: int) -> None:
         """Roll out, reward, advantage, update."""
         recipe = self.recipe
         started = time.perf_counter()
         generator = seed_step(recipe.train.seed, step)
-        chosen = prompts_of_step(recipe.train.seed, step, len(self.training_prompts), recipe.rollout.prompts_per_step)
+        chosen = prompts_of_step(
+            recipe.train.seed, step, len(self.training_prompts), recipe.rollout.prompts_per_step
+        )
         prompts = self.training_prompts.take(chosen)
 
         generated = rollout(
@@ -183,7 +190,10 @@ class OnlineTrainer:
         row = {
             "step": step,
             "reward": mean(rewards.total),
-            **{f"reward/{name}": mean([v for v in values if v is not None]) for name, values in rewards.terms.items()},
+            **{
+                f"reward/{name}": mean([v for v in values if v is not None])
+                for name, values in rewards.terms.items()
+            },
             "kl": tokens.kl.mean().item(),
             "entropy": tokens.entropy.mean().item(),
             "loss": report.loss,
@@ -209,7 +219,9 @@ class OnlineTrainer:
         if not len(self.held_out):
             return
         settings = decode_settings(self.recipe, self.recipe.train.eval_generations)
-        result = evaluate(self.backbone, self.head, self.held_out, self.rewards, settings, self.recipe.train.seed)
+        result = evaluate(
+            self.backbone, self.head, self.held_out, self.rewards, settings, self.recipe.train.seed
+        )
         self.last_evaluation = result
         if step == 0:
             self.base_samples = result.samples[: self.recipe.train.sample_prompts]
@@ -248,12 +260,11 @@ class OnlineTrainer:
         """Restore the newest complete checkpoint and cut the logs back to it. Returns its step, 0 if there is none."""
         digest = data_digest(self.training_prompts.prompts, self.held_out.prompts)
         check_same_run(self.run.path, self.recipe, self.backbone, digest)
-        found = newest_checkpoint(self.run.path)
-        if found is None:
+        if self.checkpoint is None:
             self.listener.on_note("no complete checkpoint yet; starting from step 0")
             self.run.truncate_after(-1)
             return self._begin()
-        path, step, warnings = found
+        path, step, warnings = self.checkpoint
         for warning in warnings:
             self.listener.on_note(f"warning: {warning}")
         load_weights(self.head, path / "head" / WEIGHTS_NAME)
@@ -261,7 +272,9 @@ class OnlineTrainer:
         self.learner.load_state(json.loads((path / "trainer_state.json").read_text(encoding="utf-8")))
         self.run.truncate_after(step)
         self.base_samples = [
-            Sample(row["prompt"], row["base"], row["base_reward"]) for row in self.run.read_samples() if row["step"] == 0
+            Sample(row["prompt"], row["base"], row["base_reward"])
+            for row in self.run.read_samples()
+            if row["step"] == 0
         ]
         self.listener.on_note(f"resuming from {path}")
         return step

@@ -40,11 +40,12 @@ def write_curves(metrics_rows: Sequence[dict[str, Any]], path: str | Path, title
     # The object interface: no pyplot, no global state, no display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     panels = [panel for panel in _PANELS if any(_series(metrics_rows, key)[0] for key in panel[2:] if key)]
-    figure = Figure(figsize=(12, 7.2 if panels else 4.2), dpi=120, layout="constrained", facecolor="white")
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
+    figure = Figure(figsize=(12, 7.2 if panels else 4.2), dpi=120, layout=layout, facecolor="white")
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
     if title:
         figure.suptitle(title, x=0.012, ha="left", fontsize=14, fontweight="bold", color=_INK)
     grid = figure.add_gridspec(

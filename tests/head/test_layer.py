@@ -31,7 +31,9 @@ def perturb(head: TeaHead, scale: float = 0.1) -> TeaHead:
 CONFIGS = [
     HeadConfig(),
     HeadConfig(num_members=1, hidden_sizes=[8], shortlist_size=5),
-    HeadConfig(num_members=3, hidden_sizes=[30, 20, 10], random_widths=True, feature_fraction=0.3, shortlist_size=20),
+    HeadConfig(
+        num_members=3, hidden_sizes=[30, 20, 10], random_widths=True, feature_fraction=0.3, shortlist_size=20
+    ),
     HeadConfig(shortlist_size="all", aggregation="mean"),
     HeadConfig(train_reference=True, member_dropout=0.5, dropout=0.2),
 ]
@@ -125,7 +127,9 @@ def test_member_dropout_keeps_one_and_the_scale():
 
 
 def test_random_widths_have_the_stated_mean_and_floor():
-    widths = PackedMembers(HeadConfig(num_members=2000, hidden_sizes=[60], random_widths=True), 4).widths.float()
+    widths = PackedMembers(
+        HeadConfig(num_members=2000, hidden_sizes=[60], random_widths=True), 4
+    ).widths.float()
     assert widths.min() >= 10
     assert widths.mean().item() == pytest.approx(60, rel=0.06)
     assert widths.std() > 30
@@ -154,7 +158,12 @@ class BackboneOf:
     """What a saved head needs to know of a backbone."""
 
     def __init__(self, reference: nn.Linear, digest: str = "d" * 64):
-        self.reference, self.digest, self.name_or_path, self.logit_scale = reference, digest, "some/model", 1.0
+        self.reference, self.digest, self.name_or_path, self.logit_scale = (
+            reference,
+            digest,
+            "some/model",
+            1.0,
+        )
         self.vocab_size, self.hidden_size = reference.weight.shape
 
 
@@ -164,7 +173,11 @@ def test_save_and_load(reference, tmp_path, config):
     head = perturb(TeaHead.for_backbone(backbone, config, seed=5))
     head.strength = 0.5
     head.save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"tea_config.json", "tea_head.safetensors", "README.md"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "tea_config.json",
+        "tea_head.safetensors",
+        "README.md",
+    }
     loaded = TeaHead.from_pretrained(tmp_path, backbone)
     states = torch.randn(7, HIDDEN)
     assert torch.equal(loaded(states), head(states))

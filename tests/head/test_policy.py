@@ -69,7 +69,9 @@ def test_shortlist_equals_full_vocabulary(config, temperature, strength, logit_s
     actions = torch.randint(VOCAB, (TOKENS,))
     shortlist, tail_probs = head.shortlist_of(states, temperature)
     slots, within = slots_of(shortlist, tail_probs, actions)
-    assert (slots == shortlist.ids.shape[1]).any() or head.config.shortlist_size == VOCAB - 1  # some actions in the tail
+    assert (
+        slots == shortlist.ids.shape[1]
+    ).any() or head.config.shortlist_size == VOCAB - 1  # some actions in the tail
 
     terms = head.shortlist_terms(states, shortlist, slots, within, temperature, anchor)
     logps, kl, forward_kl, entropy = naive(head, states, actions, temperature)
@@ -81,7 +83,9 @@ def test_shortlist_equals_full_vocabulary(config, temperature, strength, logit_s
     torch.testing.assert_close(terms.entropy, entropy, **close)
 
     weights = torch.randn(3, TOKENS)
-    ours = sum((w * t).mean() for w, t in zip(weights, (terms.logps, terms.anchor, terms.entropy), strict=True))
+    ours = sum(
+        (w * t).mean() for w, t in zip(weights, (terms.logps, terms.anchor, terms.entropy), strict=True)
+    )
     theirs = sum((w * t).mean() for w, t in zip(weights, (logps, penalty, entropy), strict=True))
     parameters = head.trainable_parameters()
     for mine, reference in zip(
@@ -99,7 +103,9 @@ def test_chunked_full_vocabulary_equals_naive(monkeypatch, train_reference):
     logps, kl, _, entropy = naive(head, states, actions, 0.8)
     for mine, reference in ((terms.logps, logps), (terms.kl, kl), (terms.entropy, entropy)):
         torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-5)
-    parameters = [p for p in head.trainable_parameters() if p is not head.members.readout] + [head.members.readout]
+    parameters = [p for p in head.trainable_parameters() if p is not head.members.readout] + [
+        head.members.readout
+    ]
     ours = torch.autograd.grad((terms.logps + terms.kl).mean(), parameters, allow_unused=True)
     theirs = torch.autograd.grad((logps + kl).mean(), parameters, allow_unused=True)
     for mine, reference in zip(ours, theirs, strict=True):
@@ -132,7 +138,9 @@ def test_inverse_cdf_follows_the_distribution():
     shares = torch.bincount(slots, minlength=4) / 10_000
     torch.testing.assert_close(shares, logits.softmax(-1)[0], atol=2e-4, rtol=0)
     assert sample_slots(logits, torch.zeros(1)).item() == 0
-    assert sample_slots(logits, torch.tensor([1.0 - 1e-16])).item() == 2  # never the token of probability zero
+    assert (
+        sample_slots(logits, torch.tensor([1.0 - 1e-16])).item() == 2
+    )  # never the token of probability zero
 
 
 def test_shortlist_product_gradient():

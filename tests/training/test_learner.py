@@ -1,0 +1,120 @@
+"""The update on its own: what moves, what stops it, and what a bad number does."""
+
+import math
+
+import pytest
+import torch
+from tiny import tiny_backbone
+
+from tea_rl.errors import TeaError
+from tea_rl.head.config import HeadConfig
+from tea_rl.head.layer import TeaHead
+from tea_rl.recipe import AnchorConfig, ObjectiveConfig, TrainConfig
+from tea_rl.rollout import DecodeSettings, rollout
+from tea_rl.training.learner import Learner
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    return tiny_backbone(tmp_path_factory.mktemp("model"))
+
+
+def make(backbone, *, shortlist_size=24, objective=None, anchor=None, **train):
+    head = TeaHead.for_backbone(backbone, HeadConfig(hidden_sizes=[16], shortlist_size=shortlist_size))
+    prompts = [backbone.tokenizer(text).input_ids for text in ("one", "another")]
+    tokens = rollout(backbone, head, prompts, DecodeSettings(8, 12)).tokens
+    train = TrainConfig(**{"learning_rate": 1e-3, "warmup_steps": 0, **train})
+    objective = ObjectiveConfig(
+        **{"name": "grpo", "inner_epochs": 4, "minibatch_tokens": 64, **(objective or {})}
+    )
+    learner = Learner(head, objective, AnchorConfig(**(anchor or {})), train, 1.0, total_steps=10)
+    return head, tokens, learner
+
+
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+def terms(head, tokens):
+    if tokens.shortlist is None:
+        return head.full_terms(tokens.states, tokens.actions)
+    return head.shortlist_terms(tokens.states, tokens.shortlist, tokens.slots, tokens.within_tail_logps)
+
+
+@pytest.mark.parametrize("shortlist_size", [24, "all"])
+@pytest.mark.parametrize("optim", ["adamw", "sgd", "ademamix"])
+def test_rewarded_tokens_become_likelier(backbone, shortlist_size, optim):
+    rate = {"learning_rate": 0.3} if optim == "sgd" else {}
+    head, tokens, learner = make(backbone, shortlist_size=shortlist_size, optim=optim, **rate)
+    good = tokens.actions % 2 == 0
+    learner.update(tokens, torch.where(good, 1.0, -1.0), generator())
+    gain = terms(head, tokens).logps - tokens.logps
+    assert gain[good].mean() > gain[~good].mean() + 0.1
+
+
+def test_trust_region_ends_the_inner_epochs(backbone):
+    _, tokens, eager = make(backbone, objective={"inner_epochs": 50, "target_kl": None}, learning_rate=1e-2)
+    advantage = torch.randn(len(tokens), generator=generator())
+    assert eager.update(tokens, advantage, generator()).inner_epochs == 50
+    head, tokens, bounded = make(
+        backbone, objective={"inner_epochs": 50, "target_kl": 0.01}, learning_rate=1e-2
+    )
+    report = bounded.update(tokens, advantage, generator())
+    assert 1.0 <= report.inner_epochs < 50  # the first pass always completes
+
+
+def test_conservativity_holds_the_policy_back(backbone):
+    moved = {}
+    for conservativity in (0.0, 2.0):
+        head, tokens, learner = make(
+            backbone,
+            anchor={"conservativity": conservativity},
+            objective={"inner_epochs": 20, "target_kl": None},
+        )
+        learner.update(tokens, torch.randn(len(tokens), generator=generator()), generator())
+        moved[conservativity] = terms(head, tokens).kl.mean().item()
+    assert 0 < moved[2.0] < 0.7 * moved[0.0]
+
+
+def test_warm_up_starts_above_zero_and_ends_at_the_rate(backbone):
+    _, tokens, learner = make(backbone, warmup_steps=4)
+    zero = torch.zeros(len(tokens))
+    rates = [learner.update(tokens, zero, generator()).learning_rate for _ in range(6)]
+    assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 1e-3])
+
+
+def test_no_advantage_no_change_without_an_anchor(backbone):
+    head, tokens, learner = make(backbone, anchor={"conservativity": 0.0})
+    before = {name: value.clone() for name, value in head.head_state().items()}
+    learner.update(tokens, torch.zeros(len(tokens)), generator())
+    assert all(torch.equal(value, before[name]) for name, value in head.head_state().items())
+
+
+def test_bad_numbers_are_skipped_counted_and_end_in_an_error(backbone):
+    head, tokens, learner = make(backbone, max_skipped_steps=7)
+    advantage = torch.ones(len(tokens))
+    before = {name: value.clone() for name, value in head.head_state().items()}
+    poisoned = torch.full((len(tokens),), math.nan)
+    minibatches = math.ceil(len(tokens) / 64)
+    learner.objective.inner_epochs = 1
+    assert minibatches < 7
+    report = learner.update(tokens, poisoned, generator())
+    assert report.skipped_steps == minibatches
+    assert all(torch.equal(value, before[name]) for name, value in head.head_state().items())
+    learner.update(tokens, advantage, generator())  # a good step ends the streak, the count stays
+    assert learner.skipped_in_a_row == 0 and learner.skipped_steps == minibatches
+    with pytest.raises(TeaError, match="7 updates in a row"):
+        for _ in range(7):
+            learner.update(tokens, poisoned, generator())
+    assert head.is_finite()
+
+
+def test_state_round_trip_continues_the_schedule(backbone):
+    _, tokens, first = make(backbone, warmup_steps=8)
+    advantage = torch.ones(len(tokens))
+    for _ in range(3):
+        first.update(tokens, advantage, generator())
+    _, _, second = make(backbone, warmup_steps=8)
+    second.load_state(first.state())
+    expected = first.update(tokens, advantage, generator()).learning_rate
+    assert second.update(tokens, advantage, generator()).learning_rate == expected
