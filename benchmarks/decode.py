@@ -24,7 +24,8 @@ def main() -> None:
 
     import torch
 
-    from tea_rl import DecodeSettings, TeaHead, load_backbone, load_recipe, rollout
+    import tea_rl
+    from tea_rl import DecodeSettings, TeaHead, load_backbone, load_recipe
     from tea_rl.training.online import prepare_prompts
 
     backbone = load_backbone("HuggingFaceTB/SmolLM2-135M-Instruct", dtype=args.dtype)
@@ -38,7 +39,7 @@ def main() -> None:
 
     def ours() -> float:
         result = {}
-        elapsed = seconds(lambda: result.update(out=rollout(backbone, head, ids, settings)))
+        elapsed = seconds(lambda: result.update(out=tea_rl.generate(backbone, head, ids, settings)))
         return len(result["out"].tokens) / elapsed
 
     def generate(**options: object) -> float:

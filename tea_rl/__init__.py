@@ -17,7 +17,7 @@ _EXPORTS = {
     "Recipe": "tea_rl.recipe",
     "load_recipe": "tea_rl.recipe",
     "DecodeSettings": "tea_rl.rollout.decode",
-    "rollout": "tea_rl.rollout.decode",
+    "generate": "tea_rl.rollout.decode",
     "train": "tea_rl.training.online",
 }
 

@@ -43,7 +43,8 @@ def generate(
         strengths = [0.0, *strengths]
     backbone, tea = load_head(head, model)
     from tea_rl.errors import TeaError
-    from tea_rl.rollout import DecodeSettings, rollout
+    from tea_rl.rollout import DecodeSettings
+    from tea_rl.rollout import generate as run_rollout
 
     ids = render_prompt(backbone, prompt, chat)
     if len(ids) + max_new_tokens > backbone.max_length:
@@ -59,7 +60,7 @@ def generate(
     rows = []
     for value in strengths:
         tea.strength = value
-        result = rollout(backbone, tea, [ids], settings, seed=(seed,))
+        result = run_rollout(backbone, tea, [ids], settings, seed=(seed,))
         gain = result.mean_over_rows(result.tokens.logps - result.tokens.base_logps)
         rows += [
             {"strength": value, "completion": text, "logp_gain_per_token": each}

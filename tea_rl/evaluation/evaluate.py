@@ -10,7 +10,7 @@ from tea_rl.data.prompts import Prompt
 from tea_rl.evaluation.metrics import distinct_n, mean
 from tea_rl.head.layer import TeaHead
 from tea_rl.rewards import RewardBatch, RewardSum
-from tea_rl.rollout import DecodeSettings, Rollout, rollout
+from tea_rl.rollout import DecodeSettings, Rollout, generate
 
 #: Completions decoded together.
 EVAL_BATCH = 64
@@ -117,7 +117,7 @@ def _rollouts(
     for start in range(0, len(prompts), size):
         keys = range(start, min(start + size, len(prompts)))
         part = prompts.take(keys)
-        yield part, rollout(backbone, head, part.token_ids, settings, (seed, _EVAL_STREAM), keys)
+        yield part, generate(backbone, head, part.token_ids, settings, (seed, _EVAL_STREAM), keys)
 
 
 #: Separates evaluation's random numbers from training's, whose keys hold the step here.

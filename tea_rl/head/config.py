@@ -54,6 +54,6 @@ class HeadConfig(BaseModel):
     @field_validator("shortlist_size")
     @classmethod
     def _positive_shortlist(cls, value: int | str) -> int | str:
-        if value != "all" and value < 1:
+        if isinstance(value, int) and value < 1:
             raise ValueError('must be at least 1, or "all"')
         return value

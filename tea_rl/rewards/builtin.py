@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,27 @@ def repetition(threshold: float = 0.15) -> RewardFunction:
 
     def score(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
         return [penalty(text) for text in completions]
+
+    return score
+
+
+def echo(n: int = 2) -> RewardFunction:
+    """Penalty for phrases that other completions use, too: minus the share of such word n-grams, -1 to 0.
+
+    What `repetition` is within a text, this is across the texts scored together (a rollout step, an evaluation batch):
+    a policy that found one well-paid phrase is paid less for writing it everywhere.
+
+    Args:
+        n: words in a phrase.
+    """
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise TeaError(f'the reward "echo" expects n as a whole number of words, at least 1; got {n!r}.')
+
+    def score(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+        words = [_WORD.findall(text.lower()) for text in completions]
+        phrases = [set(zip(*(text[i:] for i in range(n)), strict=False)) for text in words]
+        users = Counter(phrase for used in phrases for phrase in used)
+        return [-sum(users[p] > 1 for p in used) / len(used) if used else 0.0 for used in phrases]
 
     return score
 
@@ -236,7 +258,7 @@ def _check_number(reward: str, name: str, value: Any, low: float, high: float) -
 
 BUILTIN_REWARDS: dict[str, Callable[..., RewardFunction]] = {
     factory.__name__: factory
-    for factory in (sentiment, length, repetition, regex, exact_match, json_schema, readability)
+    for factory in (sentiment, length, repetition, echo, regex, exact_match, json_schema, readability)
 }
 
 

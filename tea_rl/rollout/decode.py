@@ -57,7 +57,7 @@ def row_uniforms(keys: Sequence[Sequence[int]], length: int) -> Tensor:
 
 
 @torch.no_grad()
-def rollout(
+def generate(
     backbone: Backbone,
     head: TeaHead,
     prompts: Sequence[Sequence[int]],

@@ -26,7 +26,7 @@ from tea_rl.head.layer import TeaHead
 from tea_rl.objectives.advantages import advantages
 from tea_rl.recipe import Recipe, load_recipe
 from tea_rl.rewards import load_rewards
-from tea_rl.rollout import DecodeSettings, Rollout, rollout
+from tea_rl.rollout import DecodeSettings, Rollout, generate
 from tea_rl.training.checkpoint import (
     load_optimizer,
     newest_checkpoint,
@@ -172,7 +172,7 @@ class OnlineTrainer:
         )
         prompts = self.training_prompts.take(chosen)
 
-        generated = rollout(
+        generated = generate(
             self.backbone,
             self.head,
             prompts.token_ids,

@@ -39,6 +39,13 @@ def test_length():
     assert score("length", texts, min=2, max=3) == [0.5, 1.0, pytest.approx(2 / 3), 0.0, 0.0]
 
 
+def test_echo_counts_phrases_of_other_completions():
+    texts = ["a great day out", "What a Great day!", "nothing in common", "", "word"]
+    assert score("echo", texts) == pytest.approx([-2 / 3, -2 / 3, 0.0, 0.0, 0.0])
+    assert score("echo", ["so good so good so good"]) == [0.0]  # within a text is the matter of `repetition`
+    assert score("echo", ["same text here", "same text here"], n=3) == [-1.0, -1.0]
+
+
 def test_repetition():
     values = score("repetition", ["a b c d", "great great great Great", "word", "", "the cat saw the dog"])
     assert values == [0.0, pytest.approx(-0.6), 0.0, 0.0, pytest.approx(-0.05)]
@@ -103,6 +110,7 @@ def test_listing_names_every_builtin():
     ("name", "kwargs", "words"),
     [
         ("sentimnt", {}, ['Did you mean "sentiment"?', "Built in:"]),
+        ("echo", {"n": 0}, ["at least 1"]),
         ("repetition", {"thresh": 1}, ['Did you mean "threshold"?']),
         ("repetition", {"threshold": "a"}, ["threshold", "number"]),
         ("length", {}, ["target"]),

@@ -7,7 +7,7 @@ from torch import nn
 
 from tea_rl.head.config import HeadConfig
 from tea_rl.head.layer import TeaHead
-from tea_rl.rollout import DecodeSettings, rollout
+from tea_rl.rollout import DecodeSettings, generate
 from tea_rl.rollout.decode import _shared_prefix, row_uniforms
 
 PROMPTS = ["Hello", "A much longer prompt than the first one", "x", "Some words in between"]
@@ -26,7 +26,7 @@ def encode(backbone, texts=PROMPTS):
     return [backbone.tokenizer(text).input_ids for text in texts]
 
 
-def generate(backbone, head, texts, **options):
+def transformers_generate(backbone, head, texts, **options):
     """Greedy completions of transformers with the head installed, as lists of ids up to the first EOS."""
     batch = backbone.tokenizer(texts, return_tensors="pt", padding=True)
     backbone.install(head)
@@ -65,10 +65,10 @@ def test_greedy_equals_transformers(backbones, family, shortlist_size):
     backbone = backbones(family)
     head = trained_head(backbone, shortlist_size=shortlist_size)
     for texts in (PROMPTS, PROMPTS[:1], PROMPTS[::-1]):
-        ours = rollout(
+        ours = generate(
             backbone, head, encode(backbone, texts), DecodeSettings(max_new_tokens=12, greedy=True)
         )
-        assert completions(ours) == generate(backbone, head, texts, max_new_tokens=12)
+        assert completions(ours) == transformers_generate(backbone, head, texts, max_new_tokens=12)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
@@ -76,8 +76,10 @@ def test_fresh_head_writes_the_base_models_text(backbones, family):
     """Invariant 1 on text: greedy completions of the model without any head."""
     backbone = backbones(family)
     head = TeaHead.for_backbone(backbone, HeadConfig(shortlist_size=24))
-    ours = rollout(backbone, head, encode(backbone), DecodeSettings(max_new_tokens=12, greedy=True))
-    assert completions(ours) == generate(backbone, backbone.reference, PROMPTS, max_new_tokens=12)
+    ours = generate(backbone, head, encode(backbone), DecodeSettings(max_new_tokens=12, greedy=True))
+    assert completions(ours) == transformers_generate(
+        backbone, backbone.reference, PROMPTS, max_new_tokens=12
+    )
     assert ours.tokens.kl.abs().max() == 0
     assert torch.equal(ours.tokens.logps, ours.tokens.base_logps)
 
@@ -87,12 +89,12 @@ def test_several_eos_ids_and_early_finish(backbones):
     backbone = backbones("llama")
     head = trained_head(backbone)
     settings = DecodeSettings(max_new_tokens=20, greedy=True)
-    free = completions(rollout(backbone, head, encode(backbone), settings))
+    free = completions(generate(backbone, head, encode(backbone), settings))
     ends = (free[0][3], free[1][9], 1)
     before, backbone.eos_token_ids = backbone.eos_token_ids, ends
     try:
-        ours = rollout(backbone, head, encode(backbone), settings)
-        assert completions(ours) == generate(
+        ours = generate(backbone, head, encode(backbone), settings)
+        assert completions(ours) == transformers_generate(
             backbone, head, PROMPTS, max_new_tokens=20, eos_token_id=list(ends)
         )
     finally:
@@ -111,7 +113,7 @@ def test_records_equal_recomputation(backbones, family, shortlist_size, temperat
     head = trained_head(backbone, shortlist_size=shortlist_size)
     prompts = encode(backbone)
     settings = DecodeSettings(num_generations=3, max_new_tokens=10, temperature=temperature)
-    result = rollout(backbone, head, prompts, settings)
+    result = generate(backbone, head, prompts, settings)
     tokens = result.tokens
     in_tail = 0
     for row in range(len(result.texts)):
@@ -137,7 +139,7 @@ def test_replay_equals_the_record(backbones, shortlist_size):
     """Invariant 4: what the learner recomputes from a record is what was recorded."""
     backbone = backbones("llama")
     head = trained_head(backbone, shortlist_size=shortlist_size)
-    tokens = rollout(backbone, head, encode(backbone), DecodeSettings(2, 10, temperature=0.9)).tokens
+    tokens = generate(backbone, head, encode(backbone), DecodeSettings(2, 10, temperature=0.9)).tokens
     if shortlist_size == "all":
         terms = head.full_terms(tokens.states, tokens.actions, 0.9)
     else:
@@ -154,14 +156,14 @@ def test_samples_do_not_depend_on_the_batch(backbones):
     head = trained_head(backbone)
     prompts = encode(backbone)
     settings = DecodeSettings(num_generations=3, max_new_tokens=12)
-    together = rollout(backbone, head, prompts, settings, seed=(5,), prompt_keys=[10, 11, 12, 13])
-    backwards = rollout(backbone, head, prompts[::-1], settings, seed=(5,), prompt_keys=[13, 12, 11, 10])
-    alone = rollout(backbone, head, prompts[2:3], settings, seed=(5,), prompt_keys=[12])
-    fewer = rollout(backbone, head, prompts[2:3], DecodeSettings(1, 12), seed=(5,), prompt_keys=[12])
+    together = generate(backbone, head, prompts, settings, seed=(5,), prompt_keys=[10, 11, 12, 13])
+    backwards = generate(backbone, head, prompts[::-1], settings, seed=(5,), prompt_keys=[13, 12, 11, 10])
+    alone = generate(backbone, head, prompts[2:3], settings, seed=(5,), prompt_keys=[12])
+    fewer = generate(backbone, head, prompts[2:3], DecodeSettings(1, 12), seed=(5,), prompt_keys=[12])
     assert together.texts[6:9] == alone.texts == backwards.texts[3:6]
     assert fewer.texts == alone.texts[:1]
     assert len(set(together.texts)) == len(together.texts)
-    other = rollout(backbone, head, prompts, settings, seed=(6,), prompt_keys=[10, 11, 12, 13])
+    other = generate(backbone, head, prompts, settings, seed=(6,), prompt_keys=[10, 11, 12, 13])
     assert other.texts != together.texts
 
 
@@ -171,7 +173,7 @@ def test_sampling_follows_the_policy(backbones):
     head = trained_head(backbone, shortlist_size=8)
     prompt = encode(backbone, ["Once"])
     count = 6000
-    result = rollout(
+    result = generate(
         backbone, head, prompt, DecodeSettings(num_generations=count, max_new_tokens=1, temperature=1.2)
     )
     state = backbone.forward(torch.tensor(prompt))[:, -1]
@@ -189,9 +191,9 @@ def test_shared_prefix_changes_nothing(backbones):
     examples = "Worked example one. Worked example two. "
     prompts = encode(backbone, [examples + text for text in ("a", "bcd", "efghij")])
     assert _shared_prefix(prompts) == len(examples)
-    together = rollout(backbone, head, prompts, DecodeSettings(2, 10), prompt_keys=[0, 1, 2])
+    together = generate(backbone, head, prompts, DecodeSettings(2, 10), prompt_keys=[0, 1, 2])
     for row, prompt in enumerate(prompts):  # alone, nothing is shared
-        alone = rollout(backbone, head, [prompt], DecodeSettings(2, 10), prompt_keys=[row])
+        alone = generate(backbone, head, [prompt], DecodeSettings(2, 10), prompt_keys=[row])
         assert alone.texts == together.texts[2 * row : 2 * row + 2]
 
 
@@ -199,17 +201,17 @@ def test_identical_prompts_keep_a_token_of_their_own(backbones):
     backbone = backbones("llama")
     prompts = encode(backbone, ["exactly the same prompt"] * 2)
     assert _shared_prefix(prompts) == len(prompts[0]) - 1
-    assert len(rollout(backbone, trained_head(backbone), prompts, DecodeSettings(1, 4)).texts) == 2
+    assert len(generate(backbone, trained_head(backbone), prompts, DecodeSettings(1, 4)).texts) == 2
 
 
 def test_stop_strings_end_a_completion(backbones):
     backbone = backbones("llama")
     head = trained_head(backbone)
-    free = rollout(backbone, head, encode(backbone), DecodeSettings(8, 30))
+    free = generate(backbone, head, encode(backbone), DecodeSettings(8, 30))
     stop = max(
         "abcdefghijklmnopqrstuvwxyz", key=lambda letter: sum(letter in text[1:-1] for text in free.texts)
     )
-    stopped = rollout(backbone, head, encode(backbone), DecodeSettings(8, 30, stop=(stop,)))
+    stopped = generate(backbone, head, encode(backbone), DecodeSettings(8, 30, stop=(stop,)))
     ended = [text for text in stopped.texts if stop in text]
     assert ended
     assert all(text.index(stop) == len(text) - 1 for text in ended)
@@ -221,7 +223,7 @@ def test_rollout_leaves_the_backbone_alone(backbones):
     """Invariant 2, for generation: no tensor changes, nothing stays installed."""
     backbone = backbones("gpt2")
     before = {name: value.clone() for name, value in backbone.model.state_dict().items()}
-    rollout(backbone, trained_head(backbone), encode(backbone), DecodeSettings(2, 6))
+    generate(backbone, trained_head(backbone), encode(backbone), DecodeSettings(2, 6))
     assert not backbone.installed
     for name, value in backbone.model.state_dict().items():
         assert torch.equal(value, before[name]), name

@@ -10,7 +10,7 @@ from tea_rl.errors import TeaError
 from tea_rl.head.config import HeadConfig
 from tea_rl.head.layer import TeaHead
 from tea_rl.recipe import AnchorConfig, ObjectiveConfig, TrainConfig
-from tea_rl.rollout import DecodeSettings, rollout
+from tea_rl.rollout import DecodeSettings, generate
 from tea_rl.training.learner import Learner
 
 
@@ -22,7 +22,7 @@ def backbone(tmp_path_factory):
 def make(backbone, *, shortlist_size=24, objective=None, anchor=None, **train):
     head = TeaHead.for_backbone(backbone, HeadConfig(hidden_sizes=[16], shortlist_size=shortlist_size))
     prompts = [backbone.tokenizer(text).input_ids for text in ("one", "another")]
-    tokens = rollout(backbone, head, prompts, DecodeSettings(8, 12)).tokens
+    tokens = generate(backbone, head, prompts, DecodeSettings(8, 12)).tokens
     train = TrainConfig(**{"learning_rate": 1e-3, "warmup_steps": 0, **train})
     objective = ObjectiveConfig(
         **{"name": "grpo", "inner_epochs": 4, "minibatch_tokens": 64, **(objective or {})}
