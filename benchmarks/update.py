@@ -38,7 +38,13 @@ def main() -> None:
     states *= 20 / weight.float().std() / backbone.hidden_size  # logits about as spread as a language model's
     with torch.no_grad():
         parts = [
-            choose_tokens(head, part, torch.rand(len(part), 2, dtype=torch.float64), DecodeSettings())
+            choose_tokens(
+                head,
+                part,
+                torch.arange(len(part)),
+                torch.rand(len(part), 2, dtype=torch.float64),
+                DecodeSettings(),
+            )
             for part in states.split(64)
         ]
         tokens = type(parts[0]).cat(parts)

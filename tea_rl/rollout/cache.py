@@ -1,8 +1,7 @@
 """A key-value cache whose room for the completion is taken once, not grown at every token.
 
 ``transformers``' dynamic cache concatenates: every decoded token copies the keys and values of the whole batch. Here
-the layers of a prefilled cache move into buffers with room for the completion, expanded to the generations of each
-prompt in the same copy. Layers of other kinds (sliding window, recurrent) stay as they are.
+the layers of a prefilled cache move into buffers with room for the completion. Layers of other kinds (sliding window, recurrent) stay as they are.
 """
 
 from __future__ import annotations
@@ -17,15 +16,14 @@ class PreallocatedLayer(DynamicLayer):
 
     Args:
         source: a prefilled layer.
-        repeats: copies of each row, side by side.
         capacity: positions to make room for.
     """
 
-    def __init__(self, source: DynamicLayer, repeats: int, capacity: int) -> None:
+    def __init__(self, source: DynamicLayer, capacity: int) -> None:
         super().__init__()
         self.lazy_initialization(source.keys, source.values)
         self._capacity = capacity
-        self._fill(source.keys.repeat_interleave(repeats, 0), source.values.repeat_interleave(repeats, 0))
+        self._fill(source.keys, source.values)
 
     def _fill(self, keys: Tensor, values: Tensor) -> None:
         rows, heads, length, _ = keys.shape
@@ -48,21 +46,19 @@ class PreallocatedLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep only some rows."""
+        """Keep the rows at ``indices``; one that occurs twice is copied."""
         self._fill(self.keys[indices], self.values[indices])
 
 
-def preallocate(cache: Cache, repeats: int, capacity: int) -> None:
-    """Expand every row of a prefilled cache ``repeats`` times and make room for ``capacity`` positions, in place."""
+def preallocate(cache: Cache, capacity: int) -> None:
+    """Make room for ``capacity`` positions in a prefilled cache, in place."""
     for index, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and layer.is_initialized:
-            cache.layers[index] = PreallocatedLayer(layer, repeats, capacity)
-        elif repeats > 1:
-            layer.batch_repeat_interleave(repeats)
+            cache.layers[index] = PreallocatedLayer(layer, capacity)
 
 
 def select_rows(cache: Cache, indices: Tensor) -> None:
-    """Drop all rows but ``indices`` from every layer, in place."""
+    """Keep the rows at ``indices`` in every layer, in that order and with repeats, in place."""
     with torch.no_grad():
         for layer in cache.layers:
             layer.batch_select_indices(indices)

@@ -1,8 +1,9 @@
 """The decode loop: batched sampling from a TEA head that records states and shortlists as it goes.
 
-Each prompt is prefilled once and its cache expanded to the generations; a prefix common to all prompts (worked examples,
-a system turn) is prefilled once for all of them. Every completion draws its own random numbers, so what it samples does
-not depend on the batch around it. Finished completions leave the batch.
+Each prompt is prefilled once; a prefix common to all prompts (worked examples, a system turn) is prefilled once for all
+of them. The generations of a prompt share one cache row for as long as they have sampled the same tokens: the cache is
+expanded where they part. Every completion draws its own random numbers, so what it samples does not depend on the batch
+around it. Finished completions leave the batch.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from transformers.cache_utils import DynamicCache
 
 from tea_rl.backbone import Backbone
 from tea_rl.head.layer import TeaHead
-from tea_rl.head.policy import action_logps, entropy, sample_slots
+from tea_rl.head.policy import Shortlist, action_logps, entropy, sample_slots
 from tea_rl.objectives.anchor import divergence
 from tea_rl.rollout.cache import preallocate, select_rows
 from tea_rl.rollout.trajectory import Rollout, TokenBatch
@@ -88,8 +89,8 @@ def generate(
     finished = torch.zeros(len(row_keys), dtype=torch.bool, device=backbone.device)
     steps: list[TokenBatch] = []
     for position in range(settings.max_new_tokens):
-        rows = sequences.live_rows()
-        step = choose_tokens(head, sequences.live_states(), uniforms[rows, position], settings)
+        rows = sequences.rows
+        step = choose_tokens(head, sequences.states, sequences.at, uniforms[rows, position], settings)
         step.rows, step.positions = rows, torch.full_like(rows, position)
         steps.append(step)
         ended = ending[step.actions]
@@ -109,51 +110,79 @@ def generate(
     return Rollout(tokens, texts, lengths, finished, prompt_index)
 
 
-def choose_tokens(head: TeaHead, states: Tensor, uniforms: Tensor, settings: DecodeSettings) -> TokenBatch:
-    """Next tokens of ``N`` sequences and their records (``rows`` and ``positions`` still unset).
+def choose_tokens(
+    head: TeaHead, states: Tensor, at: Tensor, uniforms: Tensor, settings: DecodeSettings
+) -> TokenBatch:
+    """Next tokens of ``N`` completions and their records (``rows`` and ``positions`` still unset).
 
-    Shape:
-        states ``(N, D)``; uniforms ``(N, 2)``: the first chooses the slot, the second a token of the tail.
+    Args:
+        head: the policy.
+        states: newest hidden states of the ``U`` distinct sequences, ``(U, D)``.
+        at: which of them each completion has, ``(N,)``.
+        uniforms: ``(N, 2)``; the first chooses the slot, the second a token of the tail.
+        settings: temperature, and whether to be greedy.
     """
+    # Everything that depends on the state alone is computed once for all completions that share it.
     if head.full_vocabulary:
         base = head.reference_logits(states, settings.temperature)
         logits, shortlist, tail_probs = head.full_logits(states, base, settings.temperature), None, None
+        within_entropy = None
     else:
         shortlist, tail_probs = head.shortlist_of(states, settings.temperature)
         base = shortlist.slot_logits()
         logits = head.slot_logits(states, shortlist, settings.temperature)
+        within_entropy = shortlist.tail_entropy
     logps, base_logps = logits.log_softmax(dim=-1), base.log_softmax(dim=-1)
-    choice = logits
-    if settings.greedy and tail_probs is not None:
-        # As a single token, the tail's best one competes, not the tail's whole mass.
-        choice = torch.cat([logits[:, :-1], logits[:, -1:] + tail_probs.amax(1, keepdim=True).log()], dim=1)
-    slots = choice.argmax(dim=-1) if settings.greedy else sample_slots(logits, uniforms[:, 0])
-    actions, within_tail = _slots_to_tokens(slots, shortlist, tail_probs, uniforms[:, 1], settings.greedy)
+    kl = divergence("reverse_kl", logits, base, logps, base_logps)
+
+    if settings.greedy:
+        slots = _greedy_slots(logits, tail_probs)[at]
+    else:
+        slots = sample_slots(logits[at], uniforms[:, 0])
+    own_shortlist = None if shortlist is None else Shortlist(*(part[at] for part in shortlist))
+    actions, within_tail = _slots_to_tokens(
+        slots, own_shortlist, tail_probs, at, uniforms[:, 1], settings.greedy
+    )
     return TokenBatch(
-        states=states,
-        shortlist=shortlist,
+        states=states[at],
+        shortlist=own_shortlist,
         actions=actions,
         slots=slots,
         within_tail_logps=within_tail,
-        logps=action_logps(logps, slots, within_tail),
-        base_logps=action_logps(base_logps, slots, within_tail),
-        kl=divergence("reverse_kl", logits, base, logps, base_logps),
-        entropy=entropy(logps, None if shortlist is None else shortlist.tail_entropy),
+        logps=action_logps(logps[at], slots, within_tail),
+        base_logps=action_logps(base_logps[at], slots, within_tail),
+        kl=kl[at],
+        entropy=entropy(logps, within_entropy)[at],
         rows=actions,
         positions=actions,
     )
 
 
-def _slots_to_tokens(slots, shortlist, tail_probs, uniforms, greedy) -> tuple[Tensor, Tensor]:  # noqa: ANN001
+def _greedy_slots(logits: Tensor, tail_probs: Tensor | None) -> Tensor:
+    """Slot of the likeliest token. The tail competes with its best token, not with its whole mass."""
+    if tail_probs is None:
+        return logits.argmax(dim=-1)
+    best_of_tail = logits[:, -1:] + tail_probs.amax(1, keepdim=True).log()
+    return torch.cat([logits[:, :-1], best_of_tail], dim=1).argmax(dim=-1)
+
+
+def _slots_to_tokens(
+    slots: Tensor,
+    shortlist: Shortlist | None,
+    tail_probs: Tensor | None,
+    at: Tensor,
+    uniforms: Tensor,
+    greedy: bool,
+) -> tuple[Tensor, Tensor]:
     """Token ids of chosen slots, and their log-probability within the tail (0 on the shortlist)."""
     within_tail = torch.zeros(slots.shape, dtype=torch.float32, device=slots.device)
-    if shortlist is None:
+    if shortlist is None or tail_probs is None:
         return slots, within_tail
     size = shortlist.ids.shape[1]
     actions = shortlist.ids.gather(1, slots.clamp(max=size - 1).unsqueeze(1)).squeeze(1)
     in_tail = (slots == size).nonzero().squeeze(1)
     if len(in_tail):
-        probs = tail_probs[in_tail]
+        probs = tail_probs[at[in_tail]]
         chosen = probs.argmax(dim=-1) if greedy else sample_slots(probs.log(), uniforms[in_tail])
         actions[in_tail] = chosen
         within_tail[in_tail] = probs.gather(1, chosen.unsqueeze(1)).squeeze(1).log()
@@ -172,40 +201,41 @@ def _ending_tokens(backbone: Backbone, stop: tuple[str, ...]) -> Tensor:
 
 
 class _Sequences:
-    """The growing sequences: cache, masks and the newest hidden state of every row still in the batch."""
+    """The growing sequences: cache, masks and newest hidden states of the distinct ones, and who has which.
+
+    Attributes:
+        rows: completions that still grow, ``(N,)``.
+        at: the distinct sequence each of them has so far, ``(N,)``.
+        states: newest hidden state of each distinct sequence, ``(U, D)``.
+    """
 
     def __init__(
         self, backbone: Backbone, prompts: Sequence[Sequence[int]], settings: DecodeSettings
     ) -> None:
         self.backbone = backbone
-        repeats = settings.num_generations
-        states, mask, self.cache = _prefill(backbone, prompts)
+        self.states, mask, self.cache = _prefill(backbone, prompts)
         room = torch.ones(len(prompts), settings.max_new_tokens, dtype=mask.dtype, device=mask.device)
         self.length = mask.shape[1]
-        preallocate(self.cache, repeats, self.length + settings.max_new_tokens)
-        self.states = states.repeat_interleave(repeats, 0)
-        self.mask = torch.cat([mask, room], dim=1).repeat_interleave(repeats, 0)
-        self.positions = mask.sum(dim=1, keepdim=True).repeat_interleave(repeats, 0)
-        self.rows = torch.arange(len(self.states), device=mask.device)
-        self.live = torch.ones_like(self.rows, dtype=torch.bool)
-
-    def live_rows(self) -> Tensor:
-        """Indices of the completions that still grow."""
-        return self.rows[self.live]
-
-    def live_states(self) -> Tensor:
-        return self.states if bool(self.live.all()) else self.states[self.live]
+        preallocate(self.cache, self.length + settings.max_new_tokens)
+        self.mask = torch.cat([mask, room], dim=1)
+        self.positions = mask.sum(dim=1, keepdim=True)
+        self.at = torch.arange(len(prompts), device=mask.device).repeat_interleave(settings.num_generations)
+        self.rows = torch.arange(len(self.at), device=mask.device)
 
     def advance(self, actions: Tensor, ended: Tensor) -> None:
-        """Append the live rows' tokens, drop rows that ended, and run the backbone by one token."""
-        tokens = torch.full_like(self.rows, self.backbone.pad_token_id)
-        tokens[self.live] = actions
-        self.live[self.live.nonzero().squeeze(1)[ended]] = False
-        if (~self.live).sum() >= _COMPACT_SHARE * len(self.live):
-            keep = self.live.nonzero().squeeze(1)
-            select_rows(self.cache, keep)
-            self.rows, self.mask, self.positions = self.rows[keep], self.mask[keep], self.positions[keep]
-            self.live, tokens = self.live[keep], tokens[keep]
+        """Append the completions' tokens, let go of those that ended, and run the backbone by one token."""
+        self.rows, actions = self.rows[~ended], actions[~ended]
+        pairs = self.at[~ended] * self.backbone.vocab_size + actions
+        distinct, which = torch.unique(pairs, return_inverse=True)
+        parents, tokens = distinct // self.backbone.vocab_size, distinct % self.backbone.vocab_size
+        if self._must_rearrange(parents):
+            select_rows(self.cache, parents)
+            self.mask, self.positions, self.at = self.mask[parents], self.positions[parents], which
+        else:
+            self.at = parents[which]
+            tokens = torch.full_like(self.positions[:, 0], self.backbone.pad_token_id).scatter_(
+                0, parents, tokens
+            )
         self.length += 1
         self.states = self.backbone.forward(
             input_ids=tokens.unsqueeze(1),
@@ -214,6 +244,12 @@ class _Sequences:
             past_key_values=self.cache,
         )[:, -1]
         self.positions = self.positions + 1
+
+    def _must_rearrange(self, parents: Tensor) -> bool:
+        """Whether sequences part, or enough of them have ended to be worth a copy of the cache."""
+        held = len(self.positions)
+        parted = len(parents.unique()) < len(parents)
+        return parted or held - len(parents) >= max(1, _COMPACT_SHARE * held)
 
 
 def _prefill(backbone: Backbone, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, DynamicCache]:
