@@ -5,7 +5,7 @@
 #   make test         install the test extra, run every test that is not slow
 #   make test-slow    the slow tests (kill and resume, ...)
 #   make lint         ruff and mypy
-#   make bench        the measurements behind benchmarks/LOG.md
+#   make bench        decode and update against their peers (recipes: see benchmarks/recipes.py)
 #   make clean        remove .venv and caches (runs/ stays)
 #
 # PYTHON=python3.12 chooses the interpreter. pip reads its usual environment variables: set PIP_INDEX_URL and friends to
@@ -36,7 +36,8 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed-test $(VENV)/.installed-model
-	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/update.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -109,16 +109,15 @@ class _TrainingDisplay(Listener):
 
     def on_start(self, first_step: int, max_steps: int) -> None:
         self.max_steps = max_steps
-        self.started = time.monotonic()
-        self.first_step = first_step
+        self.seconds: list[float] = []
         self.task = self.bar.add_task("training", total=max_steps, completed=first_step - 1, figures="")
 
     def on_step(self, row: dict[str, Any]) -> None:
         figures = f"reward {row['reward']:+.3f}  KL {row['kl']:.3f}  {row['tokens_per_second']:.0f} tokens/s"
         self.bar.update(self.task, completed=row["step"], figures=figures)
         if self.bar.disable:
-            done = row["step"] - self.first_step + 1
-            left = (time.monotonic() - self.started) / done * (self.max_steps - row["step"])
+            self.seconds.append(row["seconds"])
+            left = sum(self.seconds) / len(self.seconds) * (self.max_steps - row["step"])
             self.on_note(f"step {row['step']}/{self.max_steps}  {figures}  {left:.0f} s left")
 
     def on_evaluation(self, row: dict[str, Any]) -> None:

@@ -216,19 +216,25 @@ class TeaHead(nn.Module):
         within_tail_logps: Tensor,
         temperature: float = 1.0,
         anchor: str = "reverse_kl",
+        at: Tensor | None = None,
     ) -> PolicyTerms:
         """Log-probability of the actions, anchor, exact KL to the original model and entropy, from cached shortlists.
 
-        Differentiable with respect to the ensemble. Shapes as in `Shortlist`; ``slots`` and ``within_tail_logps`` ``(N,)``.
+        Differentiable with respect to the ensemble.
+
+        Shape:
+            hidden_states ``(U, D)`` and shortlist of ``U`` rows; slots and within_tail_logps ``(N,)``; ``at`` ``(N,)``: the
+            row of each action's state (None: ``U = N``, each its own). Returns four times ``(N,)``.
         """
         base = shortlist.slot_logits()
         logits = self.slot_logits(hidden_states, shortlist, temperature)
         logps, base_logps = logits.log_softmax(dim=-1), base.log_softmax(dim=-1)
         kl = divergence("reverse_kl", logits, base, logps, base_logps)
         penalty = kl if anchor == "reverse_kl" else divergence(anchor, logits, base, logps, base_logps)
-        return PolicyTerms(
-            action_logps(logps, slots, within_tail_logps), penalty, kl, entropy(logps, shortlist.tail_entropy)
-        )
+        spread = entropy(logps, shortlist.tail_entropy)
+        if at is not None:
+            logps, penalty, kl, spread = logps[at], penalty[at], kl[at], spread[at]
+        return PolicyTerms(action_logps(logps, slots, within_tail_logps), penalty, kl, spread)
 
     def full_terms(
         self, hidden_states: Tensor, actions: Tensor, temperature: float = 1.0, anchor: str = "reverse_kl"

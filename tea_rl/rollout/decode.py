@@ -88,10 +88,13 @@ def generate(
     sequences = _Sequences(backbone, prompts, settings)
     finished = torch.zeros(len(row_keys), dtype=torch.bool, device=backbone.device)
     steps: list[TokenBatch] = []
+    num_states = 0
     for position in range(settings.max_new_tokens):
         rows = sequences.rows
         step = choose_tokens(head, sequences.states, sequences.at, uniforms[rows, position], settings)
         step.rows, step.positions = rows, torch.full_like(rows, position)
+        step.state_ids = sequences.at + num_states
+        num_states += len(sequences.states)
         steps.append(step)
         ended = ending[step.actions]
         finished[rows[ended]] = True
@@ -113,7 +116,7 @@ def generate(
 def choose_tokens(
     head: TeaHead, states: Tensor, at: Tensor, uniforms: Tensor, settings: DecodeSettings
 ) -> TokenBatch:
-    """Next tokens of ``N`` completions and their records (``rows`` and ``positions`` still unset).
+    """Next tokens of ``N`` completions and their records (``rows``, ``positions`` and the offset of ``state_ids`` still unset).
 
     Args:
         head: the policy.
@@ -153,6 +156,7 @@ def choose_tokens(
         base_logps=action_logps(base_logps[at], slots, within_tail),
         kl=kl[at],
         entropy=entropy(logps, within_entropy)[at],
+        state_ids=at,
         rows=actions,
         positions=actions,
     )

@@ -26,6 +26,7 @@ class TokenBatch:
         base_logps: the same under the original model.
         kl: exact KL(behaviour || original model) at the position.
         entropy: entropy of the behaviour policy at the position.
+        state_ids: equal where tokens were chosen in the same state (generations that had not parted yet).
         rows: index of the completion the token belongs to.
         positions: index of the token in its completion.
     """
@@ -39,6 +40,7 @@ class TokenBatch:
     base_logps: Tensor
     kl: Tensor
     entropy: Tensor
+    state_ids: Tensor
     rows: Tensor
     positions: Tensor
 

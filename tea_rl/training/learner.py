@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tea_rl.errors import TeaError
 from tea_rl.head.layer import PolicyTerms, TeaHead
+from tea_rl.head.policy import Shortlist
 from tea_rl.objectives.anchor import anchored_loss
 from tea_rl.objectives.policy_gradient import behaviour_kl, clipped_surrogate
 from tea_rl.recipe import AnchorConfig, ObjectiveConfig, TrainConfig
@@ -118,13 +119,18 @@ class Learner:
     def _terms(self, batch: TokenBatch) -> PolicyTerms:
         if batch.shortlist is None:
             return self.head.full_terms(batch.states, batch.actions, self.temperature, self.anchor.divergence)
+        # Tokens chosen in the same state share everything but the action: short answers are mostly such tokens.
+        states, at = torch.unique(batch.state_ids, return_inverse=True)
+        first = torch.empty_like(states).scatter_(0, at, torch.arange(len(at), device=at.device))
+        shortlist = Shortlist(*(part[first] for part in batch.shortlist))
         return self.head.shortlist_terms(
-            batch.states,
-            batch.shortlist,
+            batch.states[first],
+            shortlist,
             batch.slots,
             batch.within_tail_logps,
             self.temperature,
             self.anchor.divergence,
+            at,
         )
 
     def _left_trust_region(self, terms: PolicyTerms, batch: TokenBatch) -> bool:

@@ -118,3 +118,26 @@ def test_state_round_trip_continues_the_schedule(backbone):
     second.load_state(first.state())
     expected = first.update(tokens, advantage, generator()).learning_rate
     assert second.update(tokens, advantage, generator()).learning_rate == expected
+
+
+def test_shared_states_change_no_gradient(backbone):
+    """Computing once for tokens of one state gives the gradients of computing for each."""
+    head, _, learner = make(backbone)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(head.members.readout, std=0.05)
+    prompt = [backbone.tokenizer("one").input_ids]
+    tokens = generate(backbone, head, prompt, DecodeSettings(32, 3)).tokens
+    assert len(tokens.state_ids.unique()) < len(tokens)
+    same = [tokens.states[tokens.state_ids == i] for i in tokens.state_ids.unique()]
+    assert all(torch.equal(rows, rows[:1].expand_as(rows)) for rows in same)
+    each = terms(head, tokens)
+    shared = learner._terms(tokens)
+    weights = torch.randn(len(tokens), generator=generator())
+    for one, other in zip(each, shared, strict=True):
+        torch.testing.assert_close(one, other)
+    parameters = head.trainable_parameters()
+    mine = torch.autograd.grad((weights * (shared.logps + shared.kl)).sum(), parameters)
+    for grad, reference in zip(
+        mine, torch.autograd.grad((weights * (each.logps + each.kl)).sum(), parameters), strict=True
+    ):
+        torch.testing.assert_close(grad, reference, rtol=1e-4, atol=1e-4)

