@@ -97,15 +97,17 @@ def repetition(threshold: float = 0.15) -> RewardFunction:
     return score
 
 
-def echo(n: int = 2) -> RewardFunction:
-    """Penalty for phrases that other completions use, too: minus the share of such word n-grams, -1 to 0.
+def echo(threshold: float = 0.2, n: int = 2) -> RewardFunction:
+    """Penalty for phrases that other completions use, too: minus their share beyond the threshold, -1 to 0.
 
     What `repetition` is within a text, this is across the texts scored together (a rollout step, an evaluation batch):
     a policy that found one well-paid phrase is paid less for writing it everywhere.
 
     Args:
+        threshold: share of a text's distinct phrases that may be common property; plain language has some.
         n: words in a phrase.
     """
+    _check_number("echo", "threshold", threshold, 0.0, 1.0)
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise TeaError(f'the reward "echo" expects n as a whole number of words, at least 1; got {n!r}.')
 
@@ -113,7 +115,8 @@ def echo(n: int = 2) -> RewardFunction:
         words = [_WORD.findall(text.lower()) for text in completions]
         phrases = [set(zip(*(text[i:] for i in range(n)), strict=False)) for text in words]
         users = Counter(phrase for used in phrases for phrase in used)
-        return [-sum(users[p] > 1 for p in used) / len(used) if used else 0.0 for used in phrases]
+        shares = [sum(users[p] > 1 for p in used) / len(used) if used else 0.0 for used in phrases]
+        return [min(0.0, threshold - share) for share in shares]
 
     return score
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,6 +24,9 @@ from tea_rl.head.policy import Shortlist, action_logps, entropy, sample_slots
 from tea_rl.objectives.anchor import divergence
 from tea_rl.rollout.cache import preallocate, select_rows
 from tea_rl.rollout.trajectory import Rollout, TokenBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 #: A batch is compacted when at least this share of its rows has finished; compacting copies the cache.
 _COMPACT_SHARE = 0.125
@@ -196,12 +201,19 @@ def _slots_to_tokens(
 def _ending_tokens(backbone: Backbone, stop: tuple[str, ...]) -> Tensor:
     """``(V,)`` bool: tokens that end a completion."""
     ending = torch.zeros(backbone.vocab_size, dtype=torch.bool)
-    ending[list(backbone.eos_token_ids)] = True
+    ending[[token for token in backbone.eos_token_ids if token < backbone.vocab_size]] = True
     if stop:
-        known = min(len(backbone.tokenizer), backbone.vocab_size)
-        texts = backbone.tokenizer.batch_decode([[token] for token in range(known)])
-        ending[:known] |= torch.tensor([any(string in text for string in stop) for text in texts])
+        ending[list(_tokens_containing(backbone.tokenizer, stop, backbone.vocab_size))] = True
     return ending.to(backbone.device)
+
+
+@lru_cache(maxsize=8)
+def _tokens_containing(
+    tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...], vocab_size: int
+) -> tuple[int, ...]:
+    """Ids of the tokens whose text contains one of the strings; found once, for it decodes the whole vocabulary."""
+    texts = tokenizer.batch_decode([[token] for token in range(min(len(tokenizer), vocab_size))])
+    return tuple(token for token, text in enumerate(texts) if any(string in text for string in stop))
 
 
 class _Sequences:

@@ -56,15 +56,17 @@ class Learner:
         self.head, self.objective, self.anchor, self.train = head, objective, anchor, train
         self.temperature = temperature
         self.optimizer = build_optimizer(head.trainable_parameters(), train)
+        # Step n uses place n of the schedule, not n - 1: warm-up begins at 1/n and a decay ends at 1/n, where the first
+        # or last step would otherwise be wasted at 0. Hence one place more, and one step ahead.
         self.scheduler = get_scheduler(
             train.lr_scheduler_type,
             self.optimizer,
             num_warmup_steps=train.warmup_steps,
-            num_training_steps=total_steps,
+            num_training_steps=total_steps + 1,
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch expects an optimizer step first
-            self.scheduler.step()  # warm-up begins at 1/n: a first step at 0 would be wasted
+            self.scheduler.step()
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
 
@@ -72,6 +74,8 @@ class Learner:
         """One step: up to ``inner_epochs`` passes in shuffled minibatches.
 
         Stops early once KL(behaviour || policy) on a minibatch passes ``target_kl``; the first pass always completes.
+        The behaviour was recorded without dropout and the update runs with it, so with dropout that distance (and the
+        surrogate's ratio) holds dropout's noise as well: the trust region is then the tighter for it.
 
         Args:
             tokens: ``N`` tokens with their behaviour log-probabilities.
@@ -102,6 +106,11 @@ class Learner:
             losses.append(loss.item())
             norms.append(norm)
         self.head.eval()
+        if not self.head.is_finite():
+            raise TeaError(
+                "training diverged: the head holds numbers that are not finite and is not saved; the last checkpoint "
+                "stands; start a new run with a lower train.learning_rate or fewer objective.inner_epochs"
+            )
         self.scheduler.step()
         return UpdateReport(
             loss=sum(losses) / len(losses),
@@ -151,7 +160,7 @@ class Learner:
             if self.skipped_in_a_row >= self.train.max_skipped_steps:
                 raise TeaError(
                     f"training diverged: {self.skipped_in_a_row} updates in a row had a loss or gradient that is not finite; "
-                    "lower train.learning_rate or objective.inner_epochs and resume from the last checkpoint"
+                    "start a new run with a lower train.learning_rate or fewer objective.inner_epochs"
                 )
         return norm.item()
 

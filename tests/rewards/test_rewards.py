@@ -41,9 +41,10 @@ def test_length():
 
 def test_echo_counts_phrases_of_other_completions():
     texts = ["a great day out", "What a Great day!", "nothing in common", "", "word"]
-    assert score("echo", texts) == pytest.approx([-2 / 3, -2 / 3, 0.0, 0.0, 0.0])
+    assert score("echo", texts, threshold=0) == pytest.approx([-2 / 3, -2 / 3, 0.0, 0.0, 0.0])
+    assert score("echo", texts) == pytest.approx([0.2 - 2 / 3, 0.2 - 2 / 3, 0.0, 0.0, 0.0])
     assert score("echo", ["so good so good so good"]) == [0.0]  # within a text is the matter of `repetition`
-    assert score("echo", ["same text here", "same text here"], n=3) == [-1.0, -1.0]
+    assert score("echo", ["same text here", "same text here"], threshold=0, n=3) == [-1.0, -1.0]
 
 
 def test_repetition():

@@ -83,6 +83,13 @@ def test_warm_up_starts_above_zero_and_ends_at_the_rate(backbone):
     assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 1e-3])
 
 
+def test_a_decay_ends_above_zero(backbone):
+    _, tokens, learner = make(backbone, lr_scheduler_type="linear")
+    zero = torch.zeros(len(tokens))
+    rates = [learner.update(tokens, zero, generator()).learning_rate for _ in range(10)]
+    assert rates[0] == pytest.approx(1e-3 * 10 / 11) and rates[-1] == pytest.approx(1e-3 / 11)
+
+
 def test_no_advantage_no_change_without_an_anchor(backbone):
     head, tokens, learner = make(backbone, anchor={"conservativity": 0.0})
     before = {name: value.clone() for name, value in head.head_state().items()}
