@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -24,14 +23,16 @@ COLUMNS = ("eval_reward", "eval_reward_greedy", "eval_kl", "eval_distinct_2", "e
 def run_seed(recipe: str, seed: int, output: Path, overrides: list[str]) -> dict[str, object]:
     """Train one seed (unless its folder is there already) and return its first, last and lowest evaluation."""
     folder = output / f"{recipe}-seed{seed}"
-    if not folder.exists():
+    if not (folder / "benchmark.json").exists():
         sets = [part for value in [f"train.seed={seed}", *overrides] for part in ("--set", value)]
         started = time.monotonic()
         command = [sys.executable, "-m", "tea_rl.cli", "train", recipe, "--output", str(folder), *sets]
-        subprocess.run(
-            command, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=subprocess.DEVNULL
+        process = subprocess.Popen(
+            command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=subprocess.DEVNULL
         )
-        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        _, status, usage = os.wait4(process.pid, 0)  # the resources of this child alone
+        if status:
+            raise SystemExit(f"{' '.join(command)} failed; remove {folder} before the next try")
         figures = {"wall_seconds": time.monotonic() - started, "peak_memory_gb": usage.ru_maxrss * 1024 / 1e9}
         (folder / "benchmark.json").write_text(json.dumps(figures))
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

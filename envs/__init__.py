@@ -1,1 +1,1 @@
-"""Text environments (``gymnasium.Env``); importing ``tea_rl.envs`` registers them."""
+"""Text environments (``gymnasium.Env``) live here; there are none yet."""

@@ -54,6 +54,7 @@ class Backbone:
         max_length: tokens in the context, prompt and completion together.
         logit_scale: constant the model multiplies its output layer's result with (Cohere, Granite); 1.0 normally.
             The policy's logits are ``logit_scale * reference(h)``. An installed head returns logits *before* the scale.
+        quantization, revision: as asked for.
     """
 
     model: PreTrainedModel
@@ -68,6 +69,8 @@ class Backbone:
     pad_token_id: int
     max_length: int
     logit_scale: float
+    quantization: str = "none"
+    revision: str | None = None
 
     def __post_init__(self) -> None:
         self._parent, self._attribute, self._reference = find_output_layer(self.model)
@@ -82,6 +85,17 @@ class Backbone:
     def reference(self) -> nn.Module:
         """The original output layer, also while another head is installed."""
         return self._reference
+
+    @property
+    def takes_positions(self) -> bool:
+        """Whether positions are given to the transformer (else it counts them itself, padding included)."""
+        return "position_ids" in self._accepted
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How it was loaded, as arguments of `load_backbone`: a head is used on the states that it was trained on."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"dtype": dtype, "quantization": self.quantization, "revision": self.revision}
 
     @property
     def installed(self) -> bool:
@@ -205,6 +219,8 @@ def load_backbone(
         pad_token_id=pad,
         max_length=_context_length(model, tokenizer),
         logit_scale=scale,
+        quantization=quantization,
+        revision=revision,
     )
 
 

@@ -79,11 +79,15 @@ def main(args: Sequence[str] | None = None) -> None:
         message, context = mistake.format_message(), getattr(mistake, "ctx", None)
         where = f"; see {context.command_path} --help" if context else ""
         code = _fail(message.rstrip(".") + where) if message.strip() else 2
-    except (KeyboardInterrupt, typer.Abort):
-        code = _fail("interrupted", 130)
     except BrokenPipeError:
         sys.stderr.close()
         code = 0
+    except OSError as error:
+        code = _fail(
+            f"the system refused a file operation ({error}); check the path, the permissions and the disk"
+        )
+    except (KeyboardInterrupt, typer.Abort):
+        code = _fail("interrupted", 130)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tea_rl.cli.common import HeadOption, ModelOption, load_head, note, parse_strengths
+from tea_rl.cli.common import HeadOption, ModelOption, apply_chat_template, load_head, note, parse_strengths
 
 _HELP = "Type a message. /strength 0.5 changes the head's strength, /reset forgets the conversation, /exit leaves."
 
@@ -48,12 +48,8 @@ def chat(
             _command(line, tea)
         elif line:
             turns.append({"role": "user", "content": line})
-            turns.append(
-                {
-                    "role": "assistant",
-                    "content": _answer(backbone, turns, streamer, max_new_tokens, temperature),
-                }
-            )
+            answer = _answer(backbone, turns, streamer, max_new_tokens, temperature)
+            turns = [*turns, {"role": "assistant", "content": answer}] if answer is not None else turns[:-1]
 
 
 def _read_line() -> str | None:
@@ -77,14 +73,15 @@ def _command(line: str, tea) -> None:  # noqa: ANN001
         note(str(error))
 
 
-def _answer(backbone, turns: list[dict[str, str]], streamer, max_new_tokens: int, temperature: float) -> str:  # noqa: ANN001
-    inputs = backbone.tokenizer.apply_chat_template(
-        turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    ).to(backbone.device)
+def _answer(
+    backbone, turns: list[dict[str, str]], streamer, max_new_tokens: int, temperature: float
+) -> str | None:  # noqa: ANN001
+    text = apply_chat_template(backbone, turns)
+    inputs = backbone.tokenizer(text, add_special_tokens=False, return_tensors="pt").to(backbone.device)
     length = inputs["input_ids"].shape[1]
     if length + max_new_tokens > backbone.max_length:
         note("the conversation no longer fits the model; /reset starts a new one")
-        return ""
+        return None
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     output = backbone.model.generate(
         **inputs,

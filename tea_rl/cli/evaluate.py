@@ -47,7 +47,8 @@ def evaluate(
     from tea_rl.rewards import load_rewards
 
     rewards = load_rewards(loaded.rewards, Path(loaded.base_dir))
-    backbone, tea = load_head(head, model)
+    loading = loaded.model.model_dump(exclude={"name_or_path"})
+    backbone, tea = load_head(head, model or loaded.model.name_or_path, loading)
     from tea_rl.evaluation.evaluate import evaluate as run_evaluation
     from tea_rl.training.online import decode_settings, prepare_prompts
 

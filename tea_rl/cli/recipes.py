@@ -32,5 +32,6 @@ def recipes(
         descriptions = {key: load_recipe(key).description for key in shipped_recipes()}
         if as_json:
             print_json(descriptions)
-        for key, description in {} if as_json else descriptions.items():
+            return
+        for key, description in descriptions.items():
             typer.echo(f"{key:16} {description}")

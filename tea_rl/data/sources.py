@@ -216,6 +216,10 @@ def _pick_split(split: str, table: Mapping[str, Any], source: str) -> str:
 
 
 def _rows_of(table: Iterable[Mapping[str, Any]], columns: list[str], source: str) -> list[Row]:
+    if "prompts" in columns or "completions" in columns:
+        raise TeaError(
+            f'{source}: a column "prompts" or "completions" would hide what rewards are given under that name; rename it.'
+        )
     if "prompt" not in columns:
         close = difflib.get_close_matches("prompt", columns, n=1)
         mend = f'rename "{close[0]}"' if close else "rename the column that holds the prompts"

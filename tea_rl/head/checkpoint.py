@@ -36,6 +36,7 @@ def save_pretrained(head: TeaHead, folder: str | Path) -> None:
         "tea_rl_version": tea_rl.__version__,
         "base_model_name_or_path": head.base_model_name_or_path,
         "reference_digest": head.reference_digest,
+        "base_model_settings": head.base_settings,
         "hidden_size": head.hidden_size,
         "vocab_size": head.vocab_size,
         "logit_scale": head.logit_scale,
@@ -64,8 +65,12 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         HeadConfig(**config["head"])
-        config["reference_digest"], config["hidden_size"], config["vocab_size"], config["logit_scale"]  # noqa: B018
-    except (ValueError, KeyError, TypeError) as error:
+        config["strength"] = float(config.get("strength", 1.0))
+        config["base_model_settings"] = dict(config.get("base_model_settings") or {})
+        for name, kind in (("reference_digest", str), ("hidden_size", int), ("vocab_size", int)):
+            if not isinstance(config[name], kind):
+                raise ValueError(f"{name} is {config[name]!r}: the head was saved without a backbone")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         first = str(error).splitlines()[0]
         raise TeaError(
             f"{path} is not a valid head configuration ({first}); take another copy of the head"
@@ -94,7 +99,7 @@ def from_pretrained(folder: str | Path, backbone: Backbone) -> TeaHead:
         )
     head = TeaHead.for_backbone(backbone, HeadConfig(**config["head"]))
     load_weights(head, Path(folder) / WEIGHTS_NAME)
-    head.strength = float(config.get("strength", 1.0))
+    head.strength = config["strength"]
     return head.eval()
 
 
@@ -132,7 +137,6 @@ def push_to_hub(head: TeaHead, repo_id: str, *, private: bool = False, token: st
         TeaError: if the Hub refuses or cannot be reached.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
@@ -142,8 +146,8 @@ def push_to_hub(head: TeaHead, repo_id: str, *, private: bool = False, token: st
             return str(
                 api.upload_folder(folder_path=folder, repo_id=repo_id, commit_message="Upload TEA head")
             )
-        except (HfHubHTTPError, OSError) as error:
-            first = str(error).splitlines()[0]
+        except Exception as error:  # no network, no login, a bad name: each layer below has errors of its own
+            first = (str(error).splitlines() or [type(error).__name__])[0]
             raise TeaError(
                 f"the Hub did not take the head as {repo_id} ({first}); check the name, the login and the network"
             ) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ class TeaHead(nn.Module):
     """Original output layer plus an ensemble of residual networks over the same hidden state.
 
     ``head(h)`` returns the full logits of the policy of DESIGN section 3, so that ``model.lm_head = head`` works with
-    ``generate``, pipelines and trainers. The reference weight is **shared, not copied**, frozen, and never changed; with
+    ``generate``, pipelines and trainers. The reference weight is **shared, not copied**, gets frozen, and never changes; with
     ``train_reference`` a separate, zero-initialised difference to it is trained.
 
     Args:
@@ -47,7 +47,8 @@ class TeaHead(nn.Module):
 
     Attributes:
         strength: inference-time scale ``alpha`` of the correction; 0 is the original model exactly.
-        base_model_name_or_path, reference_digest: the base model it belongs to (None for a bare output layer).
+        base_model_name_or_path, reference_digest, base_settings: the base model it belongs to and how that was loaded
+            (None and empty for a bare output layer).
 
     Raises:
         TeaError: if the output layer has no plain weight matrix, or the shortlist exceeds the vocabulary.
@@ -80,10 +81,14 @@ class TeaHead(nn.Module):
         self.shortlist_size = self.vocab_size if config.shortlist_size == "all" else config.shortlist_size
         self.weight = weight
         self.bias = getattr(reference, "bias", None)
+        for shared in (self.weight, self.bias):
+            if shared is not None:
+                shared.requires_grad_(False)
         self.logit_scale = logit_scale
         self.strength = 1.0
         self.base_model_name_or_path: str | None = None
         self.reference_digest: str | None = None
+        self.base_settings: dict[str, Any] = {}
         self.members = PackedMembers(config, self.hidden_size, seed).to(weight.device)
         self.reference_delta = None
         if config.train_reference:
@@ -94,6 +99,7 @@ class TeaHead(nn.Module):
         """A fresh head for a backbone (not installed yet); it corrects nothing until it is trained."""
         head = cls(backbone.reference, config, logit_scale=backbone.logit_scale, seed=seed)
         head.base_model_name_or_path, head.reference_digest = backbone.name_or_path, backbone.digest
+        head.base_settings = backbone.settings
         return head
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -141,7 +147,7 @@ class TeaHead(nn.Module):
         """Full logits, as the model's ``lm_head`` would return them (before the model's own logit scale).
 
         Shape:
-            hidden_states ``(..., D)``; returns ``(..., V)``, float32 (corrections are finer than half precision).
+            hidden_states ``(..., D)``; returns ``(..., V)``, float32: added in half precision, small corrections would vanish.
         """
         raw = F.linear(hidden_states, self.weight, self.bias).float()
         if self.strength == 0.0:

@@ -69,9 +69,10 @@ def sample_slots(slot_logits: Tensor, uniforms: Tensor) -> Tensor:
         slot_logits ``(N, C)``; uniforms ``(N,)`` in [0, 1); returns ``(N,)`` int64 slots.
     """
     # Double precision: a float32 running sum over a whole vocabulary is off by more than the rarest tokens weigh.
-    cdf = torch.softmax(slot_logits.double(), dim=-1).cumsum(dim=-1)
+    exact = torch.float64 if slot_logits.device.type != "mps" else torch.float32  # MPS has nothing finer
+    cdf = torch.softmax(slot_logits.to(exact), dim=-1).cumsum(dim=-1)
     total = cdf[:, -1:].contiguous()
-    slots = torch.searchsorted(cdf, uniforms.double().unsqueeze(1) * total, right=True)
+    slots = torch.searchsorted(cdf, uniforms.to(exact).unsqueeze(1) * total, right=True)
     # A product that rounds up to the total itself belongs to the last slot with any probability.
     return torch.minimum(slots, torch.searchsorted(cdf, total)).squeeze(1)
 

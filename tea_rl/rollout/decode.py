@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from tea_rl.backbone import Backbone
+from tea_rl.errors import TeaError
 from tea_rl.head.layer import TeaHead
 from tea_rl.head.policy import Shortlist, action_logps, entropy, sample_slots
 from tea_rl.objectives.anchor import divergence
@@ -88,7 +89,10 @@ def generate(
     head.eval()
     keys = range(len(prompts)) if prompt_keys is None else prompt_keys
     row_keys = [(*seed, key, generation) for key in keys for generation in range(settings.num_generations)]
-    uniforms = row_uniforms(row_keys, settings.max_new_tokens).to(backbone.device)
+    uniforms = row_uniforms(row_keys, settings.max_new_tokens)
+    if backbone.device.type == "mps":
+        uniforms = uniforms.float()
+    uniforms = uniforms.to(backbone.device)
     ending = _ending_tokens(backbone, settings.stop)
     sequences = _Sequences(backbone, prompts, settings)
     finished = torch.zeros(len(row_keys), dtype=torch.bool, device=backbone.device)
@@ -140,6 +144,10 @@ def choose_tokens(
         base = shortlist.slot_logits()
         logits = head.slot_logits(states, shortlist, settings.temperature)
         within_entropy = shortlist.tail_entropy
+    if not bool(torch.isfinite(logits).all()):
+        raise TeaError(
+            "the head gives logits that are not finite: it has diverged; start a new run with a lower train.learning_rate"
+        )
     logps, base_logps = logits.log_softmax(dim=-1), base.log_softmax(dim=-1)
     kl = divergence("reverse_kl", logits, base, logps, base_logps)
 
@@ -273,6 +281,10 @@ def _prefill(backbone: Backbone, prompts: Sequence[Sequence[int]]) -> tuple[Tens
     device, count = backbone.device, len(prompts)
     cache = DynamicCache(config=backbone.model.config)
     shared = _shared_prefix(prompts)
+    # Padding will stand between the prefix and the rest: harmless where positions are given and attention is full.
+    plain = backbone.takes_positions and all(type(layer) is DynamicLayer for layer in cache.layers)
+    if not plain:
+        shared = 0
     if shared:
         prefix = torch.tensor([prompts[0][:shared]], device=device)
         backbone.forward(

@@ -27,8 +27,8 @@ _PACKAGES = (
     "gymnasium",
     "datasets",
 )
-#: Settings that may differ on resume: none of them changes what a step computes (nor does ``train.max_steps``, under a
-#: schedule that does not look ahead).
+#: Settings that may differ on resume: none of them changes what a step computes (``train.num_threads`` only in the last
+#: bits; nor does ``train.max_steps``, under a schedule that does not look ahead).
 _FREE_ON_RESUME = {
     ("description",),
     ("train", "eval_steps"),
@@ -69,6 +69,10 @@ def check_same_run(path: Path, recipe: Recipe, backbone: Backbone, digest: str) 
         before = yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return  # killed before its first line was written: nothing to contradict
+    except (ValueError, yaml.YAMLError) as error:
+        raise TeaError(
+            f"cannot resume {path}: its manifest.json or recipe.yaml is damaged ({str(error).splitlines()[0]}); start a new run"
+        ) from error
     now = yaml.safe_load(recipe.to_yaml())
     free = set(_FREE_ON_RESUME)
     if recipe.train.lr_scheduler_type.startswith("constant"):

@@ -58,7 +58,7 @@ class TrainResult:
 
 
 def train(
-    recipe: Recipe | str,
+    recipe: Recipe | str | Path,
     output: str | Path,
     *,
     resume: bool = False,
@@ -77,10 +77,14 @@ def train(
     Raises:
         TeaError: for every mistake a user can mend.
     """
-    recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
     listener = listener or Listener()
     with RunDirectory.create(Path(output), resume=resume) as run:
-        return OnlineTrainer(recipe, run, listener, resume).run_to_end(should_stop)
+        trainer = OnlineTrainer(recipe, run, listener, resume)
+        try:
+            return trainer.run_to_end(should_stop)
+        finally:
+            trainer.tracker.close()
 
 
 def decode_settings(recipe: Recipe, num_generations: int) -> DecodeSettings:
@@ -110,11 +114,8 @@ class OnlineTrainer:
         self.recipe, self.run, self.listener, self.resume = recipe, run, listener, resume
         if recipe.train.num_threads is not None:
             torch.set_num_threads(recipe.train.num_threads)
-        # Everything that can be wrong with the recipe's own files is found before the model is loaded.
         self.rewards = load_rewards(recipe.rewards, recipe.base_dir)
         self.checkpoint = newest_checkpoint(run.path) if resume else None
-        resume_step = self.checkpoint[1] if self.checkpoint else None
-        self.tracker = make_tracker(recipe.train.report_to, run.path, recipe.model_dump(), resume_step)
         listener.on_note(f"loading {recipe.model.name_or_path}")
         self.backbone = load_backbone(**recipe.model.model_dump(), notify=listener.on_note)
         self.training_prompts, self.held_out = prepare_prompts(recipe, self.backbone)
@@ -132,6 +133,8 @@ class OnlineTrainer:
             recipe.rollout.temperature,
             recipe.train.max_steps,
         )
+        resume_step = self.checkpoint[1] if self.checkpoint else None
+        self.tracker = make_tracker(recipe.train.report_to, run.path, recipe.model_dump(), resume_step)
         self.base_samples: list[Sample] = []
         self.last_evaluation: Evaluation | None = None
 
@@ -142,16 +145,17 @@ class OnlineTrainer:
         train = self.recipe.train
         step = self._resume() if self.resume else self._begin()
         self.listener.on_start(step + 1, train.max_steps)
-        stopped, saved = False, step
+        saved = step
         if step == 0:
             self._evaluate(0)
+        stopped = should_stop()
         while step < train.max_steps and not stopped:
             step += 1
             self._step(step)
-            stopped = should_stop()
             last = step == train.max_steps
-            if last or (step % train.eval_steps == 0 and not stopped):
+            if last or step % train.eval_steps == 0:
                 self._evaluate(step)
+            stopped = should_stop()
             if last or stopped or step % train.save_steps == 0:
                 self._save(step)
                 saved = step
@@ -218,6 +222,7 @@ class OnlineTrainer:
         """Held-out evaluation; at step 0 it measures the original model and keeps its samples for comparison."""
         if not len(self.held_out):
             return
+        seed_step(self.recipe.train.seed, step)  # for rewards that draw random numbers of their own
         settings = decode_settings(self.recipe, self.recipe.train.eval_generations)
         result = evaluate(
             self.backbone, self.head, self.held_out, self.rewards, settings, self.recipe.train.seed
@@ -297,4 +302,3 @@ class OnlineTrainer:
         replace_directory(self.run.path / "head", self.head.save_pretrained)
         write_curves(self.run.read_metrics(), self.run.path / "curves.png")
         write_report(self.run.path)
-        self.tracker.close()

@@ -25,7 +25,6 @@ METRICS_NAME = "metrics.jsonl"
 SAMPLES_NAME = "samples.jsonl"
 CURVES_NAME = "curves.png"
 REPORT_NAME = "report.html"
-HEAD_NAME = "head"
 LOCK_NAME = "run.lock"
 
 
@@ -64,9 +63,15 @@ class RunDirectory:
         with disk_errors(f"make the run folder {path}", "try again, or " + advice):
             path.mkdir(parents=True, exist_ok=True)
             lock = _take_lock(path / LOCK_NAME)
-        if not resume and has_run(path):
+        others = sorted(item.name for item in path.iterdir() if item.name != LOCK_NAME)
+        if not resume and others:
             os.close(lock)
-            raise TeaError(f"{path} already holds a run; continue it with --resume, or {advice}")
+            if has_run(path):
+                raise TeaError(f"{path} already holds a run; continue it with --resume, or {advice}")
+            (path / LOCK_NAME).unlink()
+            raise TeaError(
+                f"expected a new or empty folder for the run, but {path} holds {others[0]}; {advice}"
+            )
         remove_stale_temporaries(path)
         return cls(path, lock)
 
@@ -89,21 +94,6 @@ class RunDirectory:
     def samples_path(self) -> Path:
         """``samples.jsonl``, base and trained completions of fixed prompts."""
         return self.path / SAMPLES_NAME
-
-    @property
-    def curves_path(self) -> Path:
-        """``curves.png``."""
-        return self.path / CURVES_NAME
-
-    @property
-    def report_path(self) -> Path:
-        """``report.html``."""
-        return self.path / REPORT_NAME
-
-    @property
-    def head_path(self) -> Path:
-        """``head/``, the trained head."""
-        return self.path / HEAD_NAME
 
     def write_recipe(self, yaml_text: str) -> None:
         """Write ``recipe.yaml``; from then on the folder holds a run."""
@@ -159,6 +149,10 @@ class RunDirectory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        unused = error is not None and [item.name for item in self.path.iterdir()] == [LOCK_NAME]
+        if unused:  # failed before anything was written: leave no empty run behind
+            (self.path / LOCK_NAME).unlink()
+            self.path.rmdir()
         self.close()
 
 

@@ -25,9 +25,9 @@ def prompts_of_step(seed: int, step: int, num_prompts: int, per_step: int) -> li
 
     Every prompt comes once before any comes twice. ``step`` counts from 1.
     """
-    chosen: list[int] = []
-    for place in range((step - 1) * per_step, step * per_step):
-        epoch, offset = divmod(place, num_prompts)
-        order = np.random.default_rng([seed, _ORDER, epoch]).permutation(num_prompts)
-        chosen.append(int(order[offset]))
-    return chosen
+    places = range((step - 1) * per_step, step * per_step)
+    orders = {
+        epoch: np.random.default_rng([seed, _ORDER, epoch]).permutation(num_prompts)
+        for epoch in {place // num_prompts for place in places}
+    }
+    return [int(orders[place // num_prompts][place % num_prompts]) for place in places]

@@ -165,6 +165,7 @@ class BackboneOf:
             1.0,
         )
         self.vocab_size, self.hidden_size = reference.weight.shape
+        self.settings = {"dtype": "float32", "quantization": "none", "revision": None}
 
 
 @pytest.mark.parametrize("config", CONFIGS)
