@@ -23,7 +23,7 @@ def even(prompts, completions, **columns):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return save_tiny("llama", tmp_path_factory.mktemp("model"), spread=3.0)
+    return save_tiny("llama", tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -57,13 +57,11 @@ def head_digest(path):
 
 @pytest.mark.parametrize("objective", ["grpo", "rloo", "reinforce", "ppo"])
 def test_every_objective_learns(recipe_file, tmp_path, objective):
-    settings = [
-        "train.max_steps=8", "train.eval_steps=8", "train.eval_generations=64", "rollout.num_generations=16",
-        "head.shortlist_size=160", "head.dropout=0", "head.member_dropout=0", "objective.target_kl=0.3",
-    ]  # fmt: skip
+    settings = ["train.max_steps=12", "rollout.num_generations=16", "head.dropout=0", "head.member_dropout=0"]
     train(load_recipe(str(recipe_file), [f"objective.name={objective}", *settings]), tmp_path / "run")
+    rewards = [row["reward/even"] for row in rows(tmp_path / "run") if "reward" in row]
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.1
     evaluations = [row for row in rows(tmp_path / "run") if "eval_reward" in row]
-    assert evaluations[-1]["eval_reward/even"] > evaluations[0]["eval_reward/even"] + 0.05
     assert evaluations[0]["eval_kl"] == 0 < evaluations[-1]["eval_kl"]
 
 
