@@ -219,8 +219,9 @@ def test_ctrl_c_saves_and_resume_finishes(recipe, tmp_path):
     assert "--resume" in err and "Traceback" not in err
     step = int(re.search(r"stopped after step (\d+)", err)[1])
     assert (output / "checkpoints" / f"step-{step}").is_dir()
+    hint = re.search(r"tea-rl (train .*)", err)[1].split()
     resumed = subprocess.run(
-        [*base, "--resume", "--set", f"train.max_steps={step + 1}"],
+        [sys.executable, "-m", "tea_rl.cli", *hint, "--set", f"train.max_steps={step + 1}"],
         capture_output=True,
         text=True,
         check=False,

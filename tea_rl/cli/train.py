@@ -46,7 +46,9 @@ def train(
         result = run_training(loaded, output, resume=resume, listener=display, should_stop=stop)
     if result.stopped:
         note(
-            f"stopped after step {result.step}; continue with: tea-rl train {recipe} --output {result.path} --resume"
+            # the resolved recipe, so that no --set has to be typed again
+            f"stopped after step {result.step}; continue with: "
+            f"tea-rl train {result.path / 'recipe.yaml'} --output {result.path} --resume"
         )
         raise typer.Exit(130)
     _print_outcome(result)

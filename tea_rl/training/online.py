@@ -285,12 +285,6 @@ class OnlineTrainer:
         return step
 
     def _save(self, step: int) -> None:
-        if not self.head.is_finite():
-            raise TeaError(
-                f"the head holds numbers that are not finite after step {step}; it was not saved, and the previous "
-                "checkpoint stands; lower train.learning_rate and resume"
-            )
-
         def write(folder: Path) -> None:
             self.head.save_pretrained(folder / "head")
             save_optimizer(folder, self.learner.optimizer)
