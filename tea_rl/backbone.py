@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -18,16 +19,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tea_rl.errors import TeaError, did_you_mean
+from tea_rl.devices import resolve_device, resolve_dtype
+from tea_rl.errors import TeaError
+from tea_rl.head.config import ContextConfig
+from tea_rl.head.context import ContextReader, ContextState, find_layers
+from tea_rl.head.context_wrapper import ContextWrapper
 from tea_rl.model_source import ModelSource, find_model, one_line, quiet_transformers
 from tea_rl.probe import find_output_layer, output_weight, probe_output
 from tea_rl.quantization import check_quantization, quantization_config, use_weight_only_int8
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DEVICES = ("auto", "cpu", "cuda", "mps")
 
 # A context length for models that state none (relative position biases have no end).
 NO_LIMIT = 2**31 - 1
@@ -75,6 +77,7 @@ class Backbone:
     def __post_init__(self) -> None:
         self._parent, self._attribute, self._reference = find_output_layer(self.model)
         self._accepted = frozenset(inspect.signature(self.body.forward).parameters)
+        self._wrapper: ContextWrapper | None = None
 
     @property
     def body(self) -> nn.Module:
@@ -105,13 +108,25 @@ class Backbone:
     def install(self, head: nn.Module) -> None:
         """Put ``head`` where the output layer is; it must map ``(..., D)`` to ``(..., V)``. Replaces an earlier head.
 
-        Input embeddings are not touched, tied or not: the reference weight is still what they share.
+        Input embeddings are not touched, tied or not: the reference weight is still what they share. A head whose
+        ``config.context`` names layers gets wide states, through hooks that leave with it (`tea_rl.head.context_wrapper`).
+
+        Raises:
+            TeaError: the head's context does not fit this model.
         """
+        context = getattr(getattr(head, "config", None), "context", None)
+        reader = self._reader(context) if isinstance(context, ContextConfig) and context.num_means else None
+        self.uninstall()
+        if reader is not None:
+            self._wrapper = ContextWrapper(self.model.get_decoder(), reader)
         setattr(self._parent, self._attribute, head)
 
     def uninstall(self) -> None:
         """Put the original module object back; does nothing when it is already there."""
         setattr(self._parent, self._attribute, self._reference)
+        if self._wrapper is not None:
+            self._wrapper.remove()
+            self._wrapper = None
 
     @torch.no_grad()
     def forward(
@@ -120,6 +135,7 @@ class Backbone:
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Any | None = None,
+        context: ContextState | None = None,
     ) -> Tensor:
         """Run the transformer and return the states that feed the output layer.
 
@@ -127,10 +143,16 @@ class Backbone:
 
         Shape:
             input_ids: ``(B, T)``; attention_mask: ``(B, past + T)``, 0 on padding; position_ids: ``(B, T)``;
-            returns ``(B, T, D)`` in `dtype`.
+            returns ``(B, T, D)`` in `dtype`; with ``context`` wide states, ``(B, T, D * (1 + num_means))``, whose means are
+            of no use at padding.
 
         Args:
             past_key_values: a ``transformers`` cache, extended in place; None keeps nothing.
+            context: what the running means have read of these rows so far, advanced in place: a fresh
+                `ContextState.begin` for whole sequences, the one beside ``past_key_values`` otherwise.
+
+        Raises:
+            TeaError: the context does not fit this model.
         """
         given = {
             "attention_mask": attention_mask,
@@ -140,9 +162,24 @@ class Backbone:
         kwargs = {
             name: value for name, value in given.items() if value is not None and name in self._accepted
         }
-        return self.body(
-            input_ids=input_ids, use_cache=past_key_values is not None, **kwargs
-        ).last_hidden_state
+        kwargs.update(input_ids=input_ids, use_cache=past_key_values is not None)
+        with nullcontext() if self._wrapper is None else self._wrapper.paused():
+            if context is None:
+                return self.body(**kwargs).last_hidden_state
+            real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            reader = self._reader(context.config)
+            with reader.reading(context, real[:, -input_ids.shape[1] :].bool()) as started:
+                return reader.finish(started, self.body(**kwargs).last_hidden_state)
+
+    def _reader(self, context: ContextConfig) -> ContextReader:
+        return ContextReader(context, self._layers, self.hidden_size)
+
+    @cached_property
+    def _layers(self) -> nn.ModuleList:
+        """The transformer's layers; looked for when context features first ask."""
+        count = self.model.config.get_text_config().num_hidden_layers
+        ids = torch.arange(4, device=self.device).unsqueeze(0) % self.vocab_size
+        return find_layers(self.body, count, ids)
 
     @cached_property
     def digest(self) -> str:
@@ -196,7 +233,7 @@ def load_backbone(
     with quiet_transformers(drop_stderr=source.gguf_file is not None):
         config = _load_config(source)
         _check_config(config, source, quantization)
-        tokenizer = _load_tokenizer(source)
+        tokenizer = load_tokenizer(source)
         model = _load_model(source, config, float_type, quantization, place)
     if getattr(model, "is_loaded_in_8bit", False):
         use_weight_only_int8(model)
@@ -222,56 +259,6 @@ def load_backbone(
         quantization=quantization,
         revision=revision,
     )
-
-
-def resolve_device(device: str) -> torch.device:
-    """Turn ``auto``, ``cpu``, ``cuda`` or ``mps`` into a device that is there.
-
-    Raises:
-        TeaError: unknown name, or no such device.
-    """
-    if device not in DEVICES:
-        hint = did_you_mean(device, DEVICES)
-        raise TeaError(f'model.device must be one of {", ".join(DEVICES)}, got "{device}".{hint}')
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if device == "auto":
-        device = next(name for name, there in available.items() if there)
-    if not available[device]:
-        there = ", ".join(name for name, here in available.items() if here)
-        raise TeaError(
-            f"model.device is {device}, but torch finds none (available: {there}): use auto or cpu"
-        )
-    return torch.device(device)
-
-
-def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Turn a dtype name into a torch type; ``auto`` as described at `load_backbone`.
-
-    Raises:
-        TeaError: unknown name.
-    """
-    if dtype in DTYPES:
-        return DTYPES[dtype]
-    if dtype != "auto":
-        known = ("auto", *DTYPES)
-        raise TeaError(
-            f'model.dtype must be one of {", ".join(known)}, got "{dtype}".{did_you_mean(dtype, known)}'
-        )
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    if device.type == "mps":
-        return torch.bfloat16
-    return torch.bfloat16 if cpu_has_bfloat16() else torch.float32
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware (AMX or AVX-512 BF16)."""
-    capabilities = getattr(torch.cpu, "get_capabilities", None)  # newer torch
-    if capabilities is not None:
-        found = capabilities()
-        return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
-    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return any(getattr(torch.cpu, name, bool)() for name in checks)
 
 
 def _load_config(source: ModelSource) -> Any:
@@ -318,7 +305,12 @@ def _check_config(config: Any, source: ModelSource, quantization: str) -> None:
         )
 
 
-def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, padding on the left.
+
+    Raises:
+        TeaError: if there is none, or it is empty.
+    """
     from transformers import AutoTokenizer
 
     try:

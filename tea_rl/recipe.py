@@ -58,12 +58,31 @@ class ModelConfig(_Group):
 
 
 class DataConfig(_Group):
-    """Prompts, and which of them are held out."""
+    """Prompts to generate from, or labelled rows or stored states to learn from, and which of them are held out."""
 
-    prompts: str | list[str] = Field(
-        description="A list of prompts; a .txt (one a line), .jsonl, .json, .csv or .parquet file; a datasets folder or "
-        "Hub id; or reasoning_gym/NAME.",
+    prompts: str | list[str] | None = Field(
+        None,
+        description="Online: a list of prompts; a .txt (one a line), .jsonl, .json, .csv or .parquet file; a datasets "
+        "folder or Hub id; or reasoning_gym/NAME.",
         examples=["prompts.txt"],
+    )
+    dataset: str | None = Field(
+        None,
+        min_length=1,
+        description="Offline: labelled rows (see tea-rl data check): a .jsonl, .json, .csv, .parquet or .txt file, a "
+        "datasets folder or Hub id.",
+    )
+    store: str | None = Field(
+        None, min_length=1, description="Offline: a state store made by tea-rl embed or tea-rl rollout."
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Names of the dataset's columns where they differ: {completion: text, reward: stars}.",
+    )
+    max_length: int | None = Field(
+        None,
+        ge=2,
+        description="Longest dataset row in tokens, prompt included; longer ones are cut and counted.",
     )
     kwargs: dict[str, Any] = Field(
         default_factory=dict,
@@ -147,10 +166,27 @@ class RolloutConfig(_Group):
         return value
 
 
+#: Objectives that learn from labels alone; the others need rollouts (stored ones will do).
+OFFLINE_OBJECTIVES = ("cross_entropy", "reward_weighted", "awr", "dpo", "ipo", "kto")
+
+
 class ObjectiveConfig(_Group):
     """What a step optimises, and how far it may go."""
 
-    name: Literal["grpo", "rloo", "reinforce", "ppo"] = Field("grpo", description="Algorithm.")
+    name: Literal[
+        "grpo", "rloo", "reinforce", "ppo",
+        "cross_entropy", "reward_weighted", "awr", "dpo", "ipo", "kto",
+    ] = Field("grpo", description="Algorithm; the last six learn from data alone.")  # fmt: skip
+    beta: float = Field(
+        0.1,
+        gt=0.0,
+        description="dpo, ipo, kto: weight of the log-ratio to the original model; awr: temperature of the advantage.",
+    )
+    negative_bound: float = Field(
+        2.0,
+        gt=0.0,
+        description="reward_weighted: how much surprise (nats) a negative reward may buy, softly.",
+    )
     clip_range: float = Field(
         0.2, gt=0.0, lt=1.0, description="PPO clip: largest change of a token's probability ratio."
     )
@@ -214,6 +250,30 @@ class TrainConfig(_Group):
     report_to: Literal["none", "tensorboard", "trackio", "wandb"] = Field(
         "none", description="Experiment tracker."
     )
+    num_train_epochs: float | None = Field(
+        None, gt=0.0, description="Offline: passes over the data; null = max_steps decides."
+    )
+    metric_for_best_model: str | None = Field(
+        None,
+        description="Offline: held-out metric whose best head is kept, such as eval_loss or eval_accuracy; null = the last "
+        "head.",
+    )
+    early_stopping_patience: int | None = Field(
+        None,
+        ge=1,
+        description="Offline: evaluations without a better metric_for_best_model before the run ends.",
+    )
+    token_dropout: float = Field(
+        0.0, ge=0.0, lt=1.0, description="Offline: share of tokens left out of each update, drawn anew."
+    )
+    state_noise: float = Field(
+        0.0, ge=0.0, description="Offline: noise added to states, as a share of their standard deviation."
+    )
+    short_answer_damping: float = Field(
+        0.0,
+        ge=0.0,
+        description="Offline: rows shorter than this many tokens weigh length / this; 0 = all weigh the same.",
+    )
     max_skipped_steps: int = Field(
         5, ge=1, description="Steps in a row with non-finite numbers before the run stops."
     )
@@ -231,9 +291,13 @@ class Recipe(_Group):
     description: str = Field("", description="One line on what the recipe shows.")
     model: ModelConfig = Field(default_factory=ModelConfig, description="The frozen backbone.")
     head: HeadConfig = Field(default_factory=HeadConfig, description="The trainable ensemble.")
-    data: DataConfig = Field(description="Prompts.", examples=["{prompts: prompts.txt}"])
+    data: DataConfig = Field(
+        description="Prompts, labelled rows or stored states.", examples=["{prompts: prompts.txt}"]
+    )
     rewards: list[RewardSpec] = Field(
-        min_length=1, description="Terms whose weighted sum is the reward.", examples=["[{name: sentiment}]"]
+        default_factory=list,
+        description="Terms whose weighted sum is the reward; offline they replace the labels of the data.",
+        examples=["[{name: sentiment}]"],
     )
     rollout: RolloutConfig = Field(default_factory=RolloutConfig, description="Sampling.")
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig, description="Algorithm.")
@@ -246,8 +310,28 @@ class Recipe(_Group):
         """Folder against which relative paths were resolved: that of the YAML file."""
         return self._base_dir
 
+    @property
+    def offline(self) -> bool:
+        """Whether it learns from labelled rows or stored states instead of generating."""
+        return self.data.prompts is None
+
     @model_validator(mode="after")
     def _settings_agree(self) -> Recipe:
+        sources = [name for name in ("prompts", "dataset", "store") if getattr(self.data, name) is not None]
+        if len(sources) != 1:
+            raise TeaError(
+                "data needs one of prompts (to generate from), dataset (labelled rows) or store (stored states), got "
+                f"{' and '.join(sources) or 'none'}; set exactly one."
+            )
+        if not self.offline and self.objective.name in OFFLINE_OBJECTIVES:
+            raise TeaError(
+                f"objective.name {self.objective.name} learns from labelled data and needs data.dataset or data.store, got "
+                "data.prompts; choose grpo, rloo, reinforce or ppo, or give labelled data."
+            )
+        if not self.offline and not self.rewards:
+            raise TeaError(
+                "rewards must hold at least one term when data.prompts is given; add one, such as sentiment."
+            )
         if self.head.train_reference and self.anchor.conservativity > 0:
             raise TeaError(
                 "head.train_reference needs anchor.conservativity 0 (the anchor would hold on to a moving reference), got "

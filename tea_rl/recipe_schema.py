@@ -264,6 +264,16 @@ def schema_rows(model: type[BaseModel], prefix: Path = ()) -> list[SchemaRow]:
     return rows
 
 
+def _group_description(model: type[BaseModel], group: str) -> str | None:
+    """What the schema says of a group, ``head.context`` as well as ``head``."""
+    *parents, name = group.removesuffix("[]").split(".")
+    for parent in parents:
+        child = _child_model(model.model_fields[parent].annotation)
+        assert child is not None  # only groups have keys below them
+        model = child
+    return model.model_fields[name].description
+
+
 def markdown_tables(model: type[BaseModel]) -> str:
     """Write the schema as Markdown: one table for the settings outside any group, then one a group."""
     groups: dict[str, list[SchemaRow]] = {}
@@ -272,7 +282,7 @@ def markdown_tables(model: type[BaseModel]) -> str:
         groups.setdefault(group, []).append(row._replace(key=key))
     parts: list[str] = []
     for group, rows in groups.items():
-        note = model.model_fields[group.removesuffix("[]")].description if group else "Outside the groups."
+        note = _group_description(model, group) if group else "Outside the groups."
         listed = " A list; each entry has these keys." if group.endswith("[]") else ""
         title = f"`{group.removesuffix('[]')}`" if group else "Top level"
         parts += ["", f"### {title}", "", f"{note}{listed}", ""]

@@ -87,7 +87,7 @@ def resolve_paths(raw: dict[str, Any], folder: Path) -> None:
     """Resolve, in place, every setting that may name a file."""
     data, model, rewards = raw.get("data"), raw.get("model"), raw.get("rewards")
     if isinstance(data, dict):
-        for key in {"prompts", "eval_prompts"} & data.keys():
+        for key in {"prompts", "eval_prompts", "dataset", "store"} & data.keys():
             data[key] = _resolve(data[key], folder, (".txt", ".jsonl", ".json", ".csv", ".parquet"))
     if isinstance(model, dict) and "name_or_path" in model:
         model["name_or_path"] = _resolve(model["name_or_path"], folder, (".gguf",))

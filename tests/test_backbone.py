@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from tea_rl import backbone as backbone_module
-from tea_rl import packaged
-from tea_rl.backbone import load_backbone, resolve_dtype
+from tea_rl import devices, packaged
+from tea_rl.backbone import load_backbone
+from tea_rl.devices import resolve_dtype
 from tea_rl.errors import TeaError
 from tea_rl.model_source import quiet_transformers
 from tea_rl.probe import probe_output
@@ -151,7 +151,7 @@ def test_quiet_restores_after_an_error():
 
 @pytest.mark.parametrize("capable, expected", [(True, torch.bfloat16), (False, torch.float32)])
 def test_auto_dtype_on_cpu_follows_the_instructions(monkeypatch, capable, expected):
-    monkeypatch.setattr(backbone_module, "cpu_has_bfloat16", lambda: capable)
+    monkeypatch.setattr(devices, "cpu_has_bfloat16", lambda: capable)
     assert resolve_dtype("auto", torch.device("cpu")) is expected
     assert resolve_dtype("float16", torch.device("cpu")) is torch.float16
 

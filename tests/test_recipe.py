@@ -47,7 +47,7 @@ def test_every_shipped_recipe_loads_and_its_files_exist():
         recipe = load_recipe(name)
         assert recipe.name == name
         assert recipe.base_dir == path.resolve().parent
-        if not str(recipe.data.prompts).startswith("reasoning_gym/"):
+        if not recipe.offline and not str(recipe.data.prompts).startswith("reasoning_gym/"):
             assert (recipe.base_dir / recipe.data.prompts).is_file()
 
 
@@ -120,7 +120,16 @@ def test_exponents_are_numbers_where_anything_goes(write):
         (BASE + "rollout: {stop: ['\\n']}", ["rollout.stop", "double quotes"]),
         (BASE + "rollout: {temperature: 0}", ["rollout.temperature", "above 0"]),
         (BASE + "model: {trust_remote_code: true}", ["unknown key", "model.trust_remote_code"]),
-        ("data: {prompts: [a]}", ["rewards is missing", "[{name: sentiment}]"]),
+        ("data: {prompts: [a]}", ["rewards must hold at least one term", "sentiment"]),
+        (
+            "data: {prompts: [a], store: s}\nrewards: [{name: sentiment}]",
+            ["data needs one of", "prompts and store"],
+        ),
+        ("data: {eval_size: 3}\nrewards: [{name: sentiment}]", ["data needs one of", "got none"]),
+        (
+            "data: {prompts: [a]}\nrewards: [{name: sentiment}]\nobjective: {name: dpo}",
+            ["dpo learns from labelled data", "data.dataset or data.store"],
+        ),
         ("rewards: [{name: x}]", ["data is missing"]),
         ("data: {promts: x}\nrewards: [{name: x}]", ["data.promts", 'Did you mean "prompts"?']),
         ("data: {prompts: [a, yes]}\nrewards: [{name: x}]", ["data.prompts", "texts", "quotes"]),
@@ -129,7 +138,7 @@ def test_exponents_are_numbers_where_anything_goes(write):
         ("data: {prompts: [a]}\nrewards: sentiment", ["rewards", "list"]),
         ("data: {prompts: [a]}\nrewards: [sentiment]", ["rewards.0", "write {name: sentiment}"]),
         ("data: {prompts: [a]}\nrewards: [{name: x, wieght: 1}]", ["rewards.0.wieght", '"weight"']),
-        ("data: {prompts: [a]}\nrewards: []", ["rewards", "non-empty"]),
+        ("data: {prompts: [a]}\nrewards: []", ["rewards must hold at least one term"]),
         (BASE + "head: {train_reference: true}", ["head.train_reference", "anchor.conservativity"]),
         (BASE + "rollout: {num_generations: 1}", ["rollout.num_generations", "grpo"]),
         (
@@ -253,7 +262,7 @@ def test_every_schedule_offered_works_in_transformers():
 def test_every_setting_is_described_and_the_reference_lists_it():
     rows = {row.key: row for row in describe_schema()}
     assert all(row.description for row in rows.values())
-    assert rows["data.prompts"].default is None
+    assert rows["rewards[].name"].default is None
     assert rows["rewards[].weight"].default == "1.0"
     assert rows["anchor.conservativity"].type == "a number of at least 0"
     reference = schema_markdown()

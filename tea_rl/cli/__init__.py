@@ -9,7 +9,20 @@ from typing import Annotated, Any
 import typer
 
 from tea_rl import __version__
-from tea_rl.cli import chat, doctor, evaluate, generate, recipes, train
+from tea_rl.cli import (
+    chat,
+    data,
+    doctor,
+    embed,
+    evaluate,
+    generate,
+    inspect,
+    recipes,
+    relabel,
+    rollout,
+    sweep,
+    train,
+)
 from tea_rl.errors import TeaError, did_you_mean
 
 #: Typer carries its own copy of click in newer releases; the base class is reached through what it exports.
@@ -65,6 +78,12 @@ app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("evaluate")(evaluate.evaluate)
 app.command("doctor")(doctor.doctor)
+app.add_typer(data.app, name="data")
+app.command("embed")(embed.embed)
+app.command("rollout")(rollout.rollout)
+app.command("inspect")(inspect.inspect)
+app.command("relabel")(relabel.relabel)
+app.command("sweep")(sweep.sweep)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -17,6 +17,20 @@ if TYPE_CHECKING:
     from tea_rl.training.online import TrainResult
 
 
+#: Seconds between two lines about short steps where no progress bar can be shown.
+_LINE_SECONDS = 5.0
+#: Held-out figures of an offline run: name, key, key of the original model's where it is measured apart.
+_OFFLINE_FIGURES = (
+    ("cross-entropy", "eval_loss", "eval_base_loss"),
+    ("perplexity", "eval_perplexity", None),
+    ("accuracy", "eval_accuracy", "eval_base_accuracy"),
+    ("reward and gain, rank correlation", "eval_reward_correlation", None),
+    ("pairs, chosen gained more", "eval_pair_accuracy", None),
+    ("pairs, chosen likelier", "eval_pair_accuracy_logp", "eval_base_pair_accuracy"),
+    ("KL", "eval_kl", None),
+)
+
+
 def train(
     recipe: Annotated[str, typer.Argument(help="A shipped recipe (see tea-rl recipes) or a YAML file.")],
     overrides: SetOption = None,
@@ -28,7 +42,7 @@ def train(
         typer.Option("--resume", help="Continue the run in --output from its newest complete checkpoint."),
     ] = False,
 ) -> None:
-    """Train a TEA head with rewards.
+    """Train a TEA head: with rewards on what it generates, or offline from labelled rows or stored states.
 
     Example: [bold]tea-rl train quickstart --set train.max_steps=10[/bold]
     """
@@ -42,7 +56,7 @@ def train(
     quiet_transformers()
     from tea_rl.training.online import train as run_training
 
-    with _StopOnSignal() as stop, _TrainingDisplay() as display:
+    with StopOnSignal() as stop, TrainingDisplay() as display:
         result = run_training(loaded, output, resume=resume, listener=display, should_stop=stop)
     if result.stopped:
         note(
@@ -54,7 +68,7 @@ def train(
     _print_outcome(result)
 
 
-class _StopOnSignal:
+class StopOnSignal:
     """Turns the first Ctrl-C (or SIGTERM) into a clean stop after the step under way; the second one interrupts."""
 
     def __init__(self) -> None:
@@ -63,7 +77,7 @@ class _StopOnSignal:
     def __call__(self) -> bool:
         return self.requested
 
-    def __enter__(self) -> _StopOnSignal:
+    def __enter__(self) -> StopOnSignal:
         self._before = {
             number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)
         }
@@ -80,7 +94,7 @@ class _StopOnSignal:
         note("stopping: this step is finished and saved first (again to quit at once)")
 
 
-class _TrainingDisplay(Listener):
+class TrainingDisplay(Listener):
     """A progress bar with live figures on a terminal, plain lines elsewhere."""
 
     def __init__(self) -> None:
@@ -98,8 +112,10 @@ class _TrainingDisplay(Listener):
             console=self.console,
             disable=not is_terminal(),
         )
+        self.work: str | None = None
+        self.told = 0.0
 
-    def __enter__(self) -> _TrainingDisplay:
+    def __enter__(self) -> TrainingDisplay:
         self.bar.start()
         return self
 
@@ -109,33 +125,68 @@ class _TrainingDisplay(Listener):
     def on_note(self, text: str) -> None:
         self.console.print(text, markup=False)
 
+    def on_progress(self, done: int, total: int, unit: str) -> None:
+        now = time.monotonic()
+        if self.work is None:
+            self.work, self.work_before, self.work_start, self.told = "embedding", done, now, now
+            self.task = self.bar.add_task(self.work, total=total, completed=done, figures="")
+            return
+        rate = (done - self.work_before) / max(now - self.work_start, 1e-9)
+        figures = f"{rate:.0f} {unit}/s"
+        self.bar.update(self.task, completed=done, figures=figures)
+        if self.bar.disable and (done >= total or now - self.told >= _LINE_SECONDS):
+            self.told = now
+            left = (total - done) / rate if rate else float("inf")
+            self.on_note(f"{self.work}  {done}/{total} {unit}  {figures}  {left:.0f} s left")
+
     def on_start(self, first_step: int, max_steps: int) -> None:
         self.max_steps = max_steps
         self.seconds: list[float] = []
+        self.step_at = time.monotonic()
         self.task = self.bar.add_task("training", total=max_steps, completed=first_step - 1, figures="")
 
     def on_step(self, row: dict[str, Any]) -> None:
-        figures = f"reward {row['reward']:+.3f}  KL {row['kl']:.3f}  {row['tokens_per_second']:.0f} tokens/s"
+        figures = _step_figures(row)
         self.bar.update(self.task, completed=row["step"], figures=figures)
-        if self.bar.disable:
-            self.seconds.append(row["seconds"])
+        if not self.bar.disable:
+            return
+        now = time.monotonic()
+        self.seconds.append(row.get("seconds", now - self.step_at))
+        self.step_at = now
+        # Offline steps are short: not each is worth a line.
+        if "reward" in row or row["step"] == self.max_steps or now - self.told >= _LINE_SECONDS:
+            self.told = now
             left = sum(self.seconds) / len(self.seconds) * (self.max_steps - row["step"])
             self.on_note(f"step {row['step']}/{self.max_steps}  {figures}  {left:.0f} s left")
 
     def on_evaluation(self, row: dict[str, Any]) -> None:
         who = "base model" if row["step"] == 0 else f"step {row['step']}"
+        if "eval_loss" in row:
+            shown = [f"{label} {row[key]:.3f}" for label, key, _ in _OFFLINE_FIGURES if key in row]
+            self.on_note(f"held-out, {who}: {', '.join(shown)}")
+            return
         self.on_note(
             f"held-out, {who}: reward {row['eval_reward']:+.3f} sampled, {row['eval_reward_greedy']:+.3f} greedy, "
             f"KL {row['eval_kl']:.3f}, distinct bigrams {row['eval_distinct_2']:.2f}, surprise {row['eval_base_nll']:.2f}"
         )
 
 
+def _step_figures(row: dict[str, Any]) -> str:
+    """What a line about a step shows: online, offline or of a sweep."""
+    if "heads" in row:
+        return f"{row['heads']} heads  mean loss {row['loss']:.3f}"
+    what = f"reward {row['reward']:+.3f}" if "reward" in row else f"loss {row['loss']:.3f}"
+    return f"{what}  KL {row['kl']:.3f}  {row['tokens_per_second']:.0f} tokens/s"
+
+
 def _print_outcome(result: TrainResult) -> None:
-    """Base and trained completions side by side, then where to look."""
+    """Base and trained completions (offline: held-out figures) side by side, then where to look."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
+    if result.evaluation is not None and result.base_metrics:
+        _print_figures(result.base_metrics, result.evaluation.metrics)
     if result.evaluation is not None and result.base_samples:
         table = Table(title="Held-out prompts", show_lines=True, box=box.SIMPLE)
         for title in ("prompt", "base model", "trained"):
@@ -149,6 +200,22 @@ def _print_outcome(result: TrainResult) -> None:
     typer.echo(f"report:  {result.path / 'report.html'}")
     typer.echo(f"head:    {result.path / 'head'}")
     typer.echo(f'try it:  tea-rl generate --head {result.path / "head"} --prompt "..." --compare')
+
+
+def _print_figures(base: dict[str, float], best: dict[str, float]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Held-out rows", box=box.SIMPLE)
+    table.add_column("")
+    for title in ("base model", "trained"):
+        table.add_column(title, justify="right")
+    for label, key, base_key in _OFFLINE_FIGURES:
+        if key in best:
+            before = best[base_key] if base_key else base.get(key, float("nan"))
+            table.add_row(label, f"{before:.3f}", f"{best[key]:.3f}")
+    Console().print(table)
 
 
 def _plain(text: str):  # noqa: ANN202

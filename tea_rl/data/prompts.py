@@ -49,6 +49,8 @@ def load_prompts(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
     Raises:
         TeaError: for a missing, empty or malformed source, or if nothing is left to train on.
     """
+    if data.prompts is None:
+        raise TeaError("expected data.prompts to generate from, got none; set it.")
     prompts = _distinct(data, read_rows(data.prompts, data.kwargs, data.size, 1 + data.split_seed), tokenizer)
     random.Random(data.split_seed).shuffle(prompts)
     if data.eval_prompts is not None:
@@ -79,7 +81,7 @@ def data_digest(train: Sequence[Prompt], heldout: Sequence[Prompt]) -> str:
     digest = hashlib.sha256()
     for side, prompts in (("train", train), ("heldout", heldout)):
         for prompt in prompts:
-            digest.update(repr([side, prompt.rendered, prompt.chat, _plain(prompt.columns)]).encode() + b"\n")
+            digest.update(repr([side, prompt.rendered, prompt.chat, plain(prompt.columns)]).encode() + b"\n")
     return digest.hexdigest()
 
 
@@ -100,11 +102,11 @@ def tokenize_prompts(
         if len(ids) > max_length:
             raise TeaError(
                 f"expected prompts of at most {max_length} tokens (the model's context minus "
-                f"rollout.max_completion_length), got {len(ids)} in the prompt {_short(prompt.text)}; shorten or remove it."
+                f"rollout.max_completion_length), got {len(ids)} in the prompt {short(prompt.text)}; shorten or remove it."
             )
         if not ids:
             raise TeaError(
-                f"expected at least one token, got none from the prompt {_short(prompt.rendered)}; remove it."
+                f"expected at least one token, got none from the prompt {short(prompt.rendered)}; remove it."
             )
         rows.append(ids)
     return rows
@@ -122,46 +124,69 @@ def _distinct(data: DataConfig, rows: Sequence[Row], tokenizer: PreTrainedTokeni
 
 
 def _render(data: DataConfig, row: Row, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    if isinstance(row.prompt, str):
-        question = data.template.replace("{prompt}", row.prompt)
+    rendered, chat = render_prompt(data, row.prompt, tokenizer, row.place)
+    return Prompt(prompt_text(row.prompt), rendered, row.columns, chat)
+
+
+def prompt_text(prompt: str | list[Message]) -> str:
+    """The question as people read it: its text, or the turns of a conversation of several."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return prompt[0]["content"]
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def render_prompt(
+    data: DataConfig, prompt: str | list[Message], tokenizer: PreTrainedTokenizerBase, place: str
+) -> tuple[str, bool]:
+    """Put a prompt into the recipe's template and, where asked or given as messages, into the chat template.
+
+    Args:
+        prompt: text, or messages that end with the user's turn.
+        place: where the prompt stands, for errors.
+
+    Returns:
+        What the model reads, and whether it went through the chat template (which brings its own special tokens).
+
+    Raises:
+        TeaError: if the tokenizer has no chat template, or its template refuses the conversation.
+    """
+    if isinstance(prompt, str):
+        question = data.template.replace("{prompt}", prompt)
         if data.format == "plain":
-            return Prompt(row.prompt, question, row.columns)
+            return question, False
         messages: list[Message] = [{"role": "user", "content": question}]
-        text = row.prompt
     else:
-        *earlier, last = row.prompt
+        *earlier, last = prompt
         messages = [*earlier, {**last, "content": data.template.replace("{prompt}", last["content"])}]
-        text = (
-            last["content"] if not earlier else "\n".join(f"{m['role']}: {m['content']}" for m in row.prompt)
-        )
     if data.system is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": data.system}, *messages]
     if not getattr(tokenizer, "chat_template", None):
         raise TeaError(
-            f"{row.place}: expected a model with a chat template, got one without ({tokenizer.name_or_path}); set "
+            f"{place}: expected a model with a chat template, got one without ({tokenizer.name_or_path}); set "
             "data.format plain and give prompts as text, or use an instruction-tuned model."
         )
     try:
         rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # templates are programs and raise what they like
         reason = " ".join(str(error).split())
-        raise TeaError(
-            f"{row.place}: the model's chat template refuses the conversation: {reason}."
-        ) from error
-    return Prompt(text, str(rendered), row.columns, chat=True)
+        raise TeaError(f"{place}: the model's chat template refuses the conversation: {reason}.") from error
+    return str(rendered), True
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Reduce a column to builtins whose ``repr`` is the same in every process."""
     if isinstance(value, dict):
-        return [[_plain(key), _plain(item)] for key, item in value.items()]
+        return [[plain(key), plain(item)] for key, item in value.items()]
     if isinstance(value, (set, frozenset)):
         return sorted(map(repr, value))
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
-def _short(text: str, limit: int = 60) -> str:
+def short(text: str, limit: int = 60) -> str:
+    """A text quoted for an error, cut where it is long."""
     shown = json.dumps(text, ensure_ascii=False)
     return shown if len(shown) <= limit else shown[: limit - 4] + '..."'

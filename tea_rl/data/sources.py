@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import csv
 import difflib
-import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from tea_rl.data.tables import (
+    FILE_READERS,
+    check_file,
+    empty,
+    open_dataset,
+    open_table,
+    read_lines,
+    refuse_kwargs,
+)
 from tea_rl.errors import TeaError, did_you_mean
 
-_FILE_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-_DATASET_KWARGS = ("name", "split", "data_dir", "revision")
 _GENERATORS = "reasoning_gym/"
 
 
@@ -44,178 +48,26 @@ def read_rows(
     if isinstance(source, str) and source.startswith(_GENERATORS):
         rows = _read_generator(source.removeprefix(_GENERATORS), kwargs, size, seed)
     elif isinstance(source, list):
-        _refuse_kwargs(kwargs, "a list of prompts")
+        refuse_kwargs(kwargs, "a list of prompts")
         rows = [Row(text, f"{key}.{index}") for index, text in enumerate(source)]
-    elif Path(source).suffix.lower() == ".txt":
-        _refuse_kwargs(kwargs, "a text file")
-        rows = _read_text(Path(source))
-    elif Path(source).suffix.lower() in _FILE_READERS:
-        _refuse_kwargs(kwargs, "a file")
-        rows = _read_table(Path(source))
+    elif (path := Path(source)).suffix.lower() == ".txt":
+        refuse_kwargs(kwargs, "a text file")
+        check_file(path, key, "prompt")
+        # White space around a prompt is a slip of the editor that would change its tokens.
+        rows = [Row(line.strip(), f"{path} line {number}") for number, line in read_lines(path)]
+    elif path.suffix.lower() in FILE_READERS:
+        refuse_kwargs(kwargs, "a file")
+        check_file(path, key, "prompt")
+        rows = _rows_of(open_table(path, "prompt"), str(path))
     else:
-        rows = _read_dataset(source, kwargs, key)
+        rows = _rows_of(open_dataset(source, kwargs, key, "prompt"), source)
     if not rows:
-        raise TeaError(f"{source}: expected at least one prompt, got an empty source; add prompts.")
+        raise TeaError(empty(str(source), "prompt"))
     return rows
 
 
-def _refuse_kwargs(kwargs: Mapping[str, Any], source: str) -> None:
-    if kwargs:
-        raise TeaError(
-            f"data.kwargs is for datasets and reasoning_gym generators, got {', '.join(map(str, kwargs))} for {source}; "
-            "remove it."
-        )
-
-
-def _check_file(path: Path) -> None:
-    if path.is_dir():
-        raise TeaError(f"expected a file of prompts, got the folder {path}; name a file in it.")
-    if not path.is_file():
-        nearby = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise TeaError(
-            f"the prompt file {path} does not exist; check data.prompts.{did_you_mean(path.name, nearby)}"
-        )
-    try:
-        if path.stat().st_size == 0:
-            raise TeaError(f"{path}: expected at least one prompt, got an empty file; add prompts.")
-        with path.open("rb"):
-            pass
-    except OSError as error:
-        raise TeaError(f"{path}: cannot be read: {error.strerror}.") from None
-
-
-def _read_text(path: Path) -> list[Row]:
-    _check_file(path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise TeaError(
-            f"{path}: expected UTF-8 text, got other bytes at byte {error.start}; save it as UTF-8."
-        ) from None
-    # White space around a prompt is a slip of the editor that would change its tokens.
-    return [
-        Row(line.strip(), f"{path} line {number}") for number, line in enumerate(lines, 1) if line.strip()
-    ]
-
-
-@contextmanager
-def _quiet_datasets() -> Iterator[Any]:
-    """Import ``datasets`` and keep its progress bars and log lines off the terminal for a moment."""
-    import datasets
-
-    shown, verbosity = datasets.utils.is_progress_bar_enabled(), datasets.logging.get_verbosity()
-    datasets.utils.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    try:
-        yield datasets
-    finally:
-        datasets.logging.set_verbosity(verbosity)
-        if shown:
-            datasets.utils.enable_progress_bars()
-
-
-def _read_table(path: Path) -> list[Row]:
-    _check_file(path)
-    with _quiet_datasets() as datasets:
-        try:
-            table = datasets.load_dataset(
-                _FILE_READERS[path.suffix.lower()], data_files=str(path), split="train"
-            )
-        except Exception as error:  # the readers raise whatever their parsers raise
-            raise TeaError(_bad_table(path, error)) from error
-        return _rows_of(table, table.column_names, str(path))
-
-
-def _bad_table(path: Path, error: BaseException) -> str:
-    """Say where a file is broken: the readers name neither file nor line."""
-    if path.suffix.lower() == ".jsonl":
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as decode_error:
-            return f"{path}: expected UTF-8 text, got other bytes at byte {decode_error.start}; save it as UTF-8."
-        if not any(line.strip() for line in lines):
-            return f"{path}: expected at least one prompt, got an empty file; add prompts."
-        for number, line in enumerate(lines, 1):
-            try:
-                value = json.loads(line) if line.strip() else {}
-            except ValueError as bad_json:
-                return f"{path} line {number}: expected a JSON object, got invalid JSON ({bad_json}); mend the line."
-            if not isinstance(value, dict):
-                return f"{path} line {number}: expected a JSON object, got {type(value).__name__}; mend the line."
-    if path.suffix.lower() == ".json":
-        try:
-            json.loads(path.read_text(encoding="utf-8-sig"))
-        except ValueError as bad_json:
-            return f"{path}: expected a JSON list of objects, got invalid JSON ({bad_json}); mend it."
-    if path.suffix.lower() == ".csv":
-        try:
-            with path.open(encoding="utf-8-sig", newline="") as stream:
-                reader = csv.reader(stream)
-                width = len(next(reader, []))
-                for cells in reader:
-                    if len(cells) > width:
-                        found = f"{path} line {reader.line_num}: expected {width} columns, got {len(cells)}"
-                        return f"{found}; put text that holds commas in double quotes."
-        except (csv.Error, UnicodeDecodeError) as bad_csv:
-            return f"{path}: expected UTF-8 CSV, got {' '.join(str(bad_csv).split())}."
-    root = error
-    while root.__cause__ is not None:
-        root = root.__cause__
-    reason = " ".join(str(root).split())[:200].rstrip(".")
-    return f"{path}: expected {path.suffix[1:]} rows with the same columns, got: {reason}."
-
-
-def _read_dataset(source: str, kwargs: Mapping[str, Any], key: str) -> list[Row]:
-    """Read a folder saved by ``datasets``, a folder of data files, or a Hub dataset."""
-    for name in kwargs:
-        if name not in _DATASET_KWARGS:
-            hint = did_you_mean(name, _DATASET_KWARGS)
-            raise TeaError(f'data.kwargs: a dataset takes {", ".join(_DATASET_KWARGS)}; got "{name}".{hint}')
-    path = Path(source)
-    local = path.exists()
-    if (
-        local
-        and not path.is_dir()
-        or not local
-        and (path.is_absolute() or path.suffix.lower() in (".tsv", ".yaml", ".py"))
-    ):
-        if local:
-            endings = ", ".join([".txt", *_FILE_READERS])
-            raise TeaError(f"{key}: expected a file ending in {endings}, got {source}; rename or convert it.")
-        raise TeaError(f"{key}: {source} does not exist; check the path.")
-    with _quiet_datasets() as datasets:
-        try:
-            saved = local and any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
-            if saved:
-                table = datasets.load_from_disk(source)
-                if isinstance(table, datasets.DatasetDict):
-                    table = table[_pick_split(kwargs.get("split", "train"), table, source)]
-            else:
-                table = datasets.load_dataset(source, **{"split": "train", **kwargs})
-        except TeaError:
-            raise
-        except Exception as error:
-            reason = " ".join(str(error).split())[:200].rstrip(".")
-            what = (
-                "a folder of data files"
-                if local
-                else "a prompt file, a datasets folder or a Hub dataset that can be reached"
-            )
-            raise TeaError(
-                f'{key}: expected {what}, got "{source}" ({type(error).__name__}: {reason}).'
-            ) from error
-        return _rows_of(table, table.column_names, source)
-
-
-def _pick_split(split: str, table: Mapping[str, Any], source: str) -> str:
-    if split not in table:
-        raise TeaError(
-            f'{source}: no split "{split}"; it has {", ".join(table)}: set data.kwargs {{split: ...}}.'
-        )
-    return split
-
-
-def _rows_of(table: Iterable[Mapping[str, Any]], columns: list[str], source: str) -> list[Row]:
+def _rows_of(table: Any, source: str) -> list[Row]:
+    columns: list[str] = table.column_names
     if "prompts" in columns or "completions" in columns:
         raise TeaError(
             f'{source}: a column "prompts" or "completions" would hide what rewards are given under that name; rename it.'
@@ -228,11 +80,16 @@ def _rows_of(table: Iterable[Mapping[str, Any]], columns: list[str], source: str
     for number, entry in enumerate(table, 1):
         place = f"{source} row {number}"
         others = {name: value for name, value in entry.items() if name != "prompt"}
-        rows.append(Row(_check_prompt(entry["prompt"], place), place, others))
+        rows.append(Row(check_prompt(entry["prompt"], place), place, others))
     return rows
 
 
-def _check_prompt(value: Any, place: str) -> str | list[dict[str, str]]:
+def check_prompt(value: Any, place: str) -> str | list[dict[str, str]]:
+    """A prompt's text, or its messages, ending with the user's turn.
+
+    Raises:
+        TeaError: naming ``place``, for anything else.
+    """
     if isinstance(value, str):
         if not value.strip():
             raise TeaError(f"{place}: expected a prompt, got blank text; fill or remove the row.")
@@ -240,6 +97,21 @@ def _check_prompt(value: Any, place: str) -> str | list[dict[str, str]]:
     if not isinstance(value, list):
         got = "nothing" if value is None else f"{type(value).__name__} {value!r:.50}"
         raise TeaError(f'{place}: expected "prompt" as text or a list of messages, got {got}.')
+    messages = check_messages(value, place)
+    if not messages or messages[-1]["role"] == "assistant":
+        got = "an assistant's turn at its end" if messages else "none"
+        raise TeaError(
+            f"{place}: expected messages that end with the user's turn, got {got}; remove it or add a question."
+        )
+    return messages
+
+
+def check_messages(value: list[Any], place: str) -> list[dict[str, str]]:
+    """Messages with their roles and texts and nothing else.
+
+    Raises:
+        TeaError: naming ``place``, for anything that is not a message.
+    """
     messages = []
     for message in value:
         role, content = (
@@ -250,11 +122,6 @@ def _check_prompt(value: Any, place: str) -> str | list[dict[str, str]]:
                 f'{place}: expected messages {{"role": ..., "content": text}}, got {message!r:.80}.'
             )
         messages.append({"role": role, "content": content})
-    if not messages or messages[-1]["role"] == "assistant":
-        got = "an assistant's turn at its end" if messages else "none"
-        raise TeaError(
-            f"{place}: expected messages that end with the user's turn, got {got}; remove it or add a question."
-        )
     return messages
 
 

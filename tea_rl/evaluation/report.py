@@ -35,13 +35,31 @@ _EVAL_METRICS = (
     ("eval_distinct_2", "Distinct bigrams (share)"),
     ("eval_completion_length", "Completion length (tokens)"),
 )
+#: The same for offline runs.
+_OFFLINE_METRICS = (
+    ("eval_loss", "Cross-entropy (nats a token)"),
+    ("eval_perplexity", "Perplexity"),
+    ("eval_accuracy", "Accuracy of the likeliest token"),
+    ("eval_reward_correlation", "Rank correlation of reward and gain over the base model"),
+    ("eval_pair_accuracy", "Pairs whose chosen completion gained more"),
+    ("eval_pair_accuracy_logp", "Pairs whose chosen completion is likelier"),
+    ("eval_kl", "KL to the base model (nats a token)"),
+)
+#: What the page's headline shows: the first of these that was measured.
+_HEADLINES = (
+    ("eval_reward", "Held-out reward"),
+    ("eval_pair_accuracy_logp", "Held-out pair accuracy"),
+    ("eval_reward_correlation", "Held-out rank correlation of reward and gain"),
+    ("eval_loss", "Held-out cross-entropy"),
+)
 _TRAIN_METRICS = (
     ("reward", "Reward of the batch"),
+    ("loss", "Loss"),
     ("kl", "KL to the base model (nats a token)"),
     ("entropy", "Entropy (nats a token)"),
     ("disagreement", "Disagreement of the members"),
     ("completion_length", "Completion length (tokens)"),
-    ("tokens_per_second", "Tokens a second, generating"),
+    ("tokens_per_second", "Tokens a second"),
     ("seconds", "Seconds a step"),
 )
 
@@ -104,8 +122,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _header(
     name: str, recipe: dict[str, Any], metrics: list[dict[str, Any]], manifest: dict[str, Any]
 ) -> str:
-    evaluations = [row for row in metrics if "eval_reward" in row]
-    steps = [row for row in metrics if "reward" in row]
+    evaluations, steps = _evaluations(metrics), _steps(metrics)
     model = recipe.get("model", {}).get("name_or_path") or manifest.get("base_model", "")
     facts = [escape(str(model))] if model else []
     if steps:
@@ -114,17 +131,26 @@ def _header(
         facts.append(f"{manifest['trainable_parameters'] / 1e6:.1f} M trained parameters")
     headline = '<p class="headline none">No held-out evaluation</p>'
     if evaluations:
-        first, last = evaluations[0]["eval_reward"], evaluations[-1]["eval_reward"]
+        key, label = next(pair for pair in _HEADLINES if pair[0] in evaluations[0])
+        first, last = evaluations[0][key], evaluations[-1].get(key)
         begin = (
             f'<span class="from">{_number(first)}</span><span class="arrow">&rarr;</span>'
             if len(evaluations) > 1
             else ""
         )
-        headline = f'<p class="headline"><span class="label">Held-out reward</span>{begin}<span class="to">{_number(last)}</span></p>'
+        headline = f'<p class="headline"><span class="label">{label}</span>{begin}<span class="to">{_number(last)}</span></p>'
     description = (
         f'<p class="description">{escape(recipe["description"])}</p>' if recipe.get("description") else ""
     )
     return f'<header><h1>{escape(name)}</h1>{description}{headline}<p class="facts">{" &middot; ".join(facts)}</p></header>'
+
+
+def _evaluations(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in metrics if "eval_reward" in row or "eval_loss" in row]
+
+
+def _steps(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in metrics if "reward" in row or "loss" in row]
 
 
 def _samples(samples: list[dict[str, Any]]) -> str:
@@ -163,11 +189,11 @@ def _badge(reward: Any, better: bool) -> str:
 
 
 def _metrics(metrics: list[dict[str, Any]]) -> str:
-    evaluations = [row for row in metrics if "eval_reward" in row]
-    steps = [row for row in metrics if "reward" in row]
+    evaluations, steps = _evaluations(metrics), _steps(metrics)
+    offline = bool(evaluations) and "eval_loss" in evaluations[0]
     tables = []
     for rows, known, title in (
-        (evaluations, _EVAL_METRICS, "Held-out"),
+        (evaluations, _OFFLINE_METRICS if offline else _EVAL_METRICS, "Held-out"),
         (steps, _TRAIN_METRICS, "Training"),
     ):
         if not rows:

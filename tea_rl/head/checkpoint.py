@@ -163,8 +163,8 @@ tags: [tea-rl, reinforcement-learning]
 
 # TEA head for {base}
 
-A Tail Embedding Adapter: {head["num_members"]} residual networks of widths {head["hidden_sizes"]} over the final hidden
-states, added to the frozen `lm_head`. It works only with the base model whose output weight has the digest
+A Tail Embedding Adapter: {head["num_members"]} residual networks ({head["member_kind"]}, readout {head["readout"]}) of widths
+{head["hidden_sizes"]} over the final hidden states, added to the frozen `lm_head`. It works only with the base model whose output weight has the digest
 `{config["reference_digest"]}`.
 
 ```python

@@ -7,6 +7,42 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
+class ContextConfig(BaseModel):
+    """Causal running means of hidden states that members read beside the last state (DESIGN section 4)."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+    layers: list[int] = Field(
+        default_factory=list,
+        description="Layers whose states are averaged over everything read so far: 1 is the first, -1 the last; empty = "
+        "off.",
+    )
+    horizons: list[float | Literal["all"]] = Field(
+        default=["all"],
+        min_length=1,
+        description='How far each mean reaches back: "all" = uniform, a number = exponential with that many tokens.',
+    )
+
+    @field_validator("layers")
+    @classmethod
+    def _real_layers(cls, value: list[int]) -> list[int]:
+        if 0 in value:
+            raise ValueError("counts layers from 1 (or from the end, -1 being the last) and has no layer 0")
+        return value
+
+    @field_validator("horizons")
+    @classmethod
+    def _positive_horizons(cls, value: list[float | Literal["all"]]) -> list[float | Literal["all"]]:
+        if any(not isinstance(horizon, str) and not 0 < horizon < float("inf") for horizon in value):
+            raise ValueError('must each be "all" or a positive number of tokens')
+        return value
+
+    @property
+    def num_means(self) -> int:
+        """Means a position carries: layers times horizons."""
+        return len(self.layers) * len(self.horizons)
+
+
 class HeadConfig(BaseModel):
     """Shape and regularisation of the ensemble (DESIGN section 4); the same object in recipes and in ``tea_config.json``."""
 
@@ -18,12 +54,20 @@ class HeadConfig(BaseModel):
         min_length=1,
         description="Layer widths of a member; their expectation when random_widths is on.",
     )
-    readout: Literal["tied"] = Field(
-        "tied", description="How a correction reaches the logits: tied = through the reference head."
+    member_kind: Literal["mlp", "memory"] = Field(
+        "mlp", description="Layers of a member: mlp = dense layers, memory = key-value lookups."
     )
-    shortlist_size: int | Literal["all"] = Field(
+    memory_slots: int = Field(256, ge=1, description="Learned key-value pairs of each memory layer.")
+    readout: Literal["tied", "vocab"] = Field(
+        "tied",
+        description="How a correction reaches the logits: tied = through the reference head, vocab = through a low-rank "
+        "vocabulary projection of each member's own.",
+    )
+    readout_rank: int = Field(32, ge=1, description="Rank of a member's own vocabulary projection.")
+    shortlist_size: int | Literal["all", "auto"] = Field(
         128,
-        description='Tokens corrected one by one at each position (the rest moves together); "all" for every token.',
+        description='Tokens corrected one by one at each position (the rest moves together); "all" for every token; "auto" = '
+        "all, trained on an estimate that touches few of them.",
     )
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout inside a member.")
     member_dropout: float = Field(
@@ -40,6 +84,9 @@ class HeadConfig(BaseModel):
         description="Draw member widths from an exponential around hidden_sizes, never below a sixth of it.",
     )
     aggregation: Literal["sum", "mean"] = Field("sum", description="How member corrections combine.")
+    context: ContextConfig = Field(
+        default_factory=ContextConfig, description="Running means that members also read; off by default."
+    )
     train_reference: bool = Field(
         False, description="Also train a copy of the reference head; needs anchor.conservativity 0."
     )
@@ -55,5 +102,5 @@ class HeadConfig(BaseModel):
     @classmethod
     def _positive_shortlist(cls, value: int | str) -> int | str:
         if isinstance(value, int) and value < 1:
-            raise ValueError('must be at least 1, or "all"')
+            raise ValueError('must be at least 1, "all" or "auto"')
         return value

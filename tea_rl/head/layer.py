@@ -3,37 +3,39 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from tea_rl.errors import TeaError
 from tea_rl.head.config import HeadConfig
+from tea_rl.head.full_vocabulary import Reads, Scales, fused_terms
 from tea_rl.head.members import PackedMembers
-from tea_rl.head.policy import Shortlist, action_logps, build_shortlist, entropy, shortlist_product
+from tea_rl.head.policy import (
+    PolicyTerms,
+    Shortlist,
+    action_logps,
+    build_shortlist,
+    entropy,
+    shortlist_product,
+)
+from tea_rl.head.sampled import sampled_terms
 from tea_rl.objectives.anchor import divergence
 
 if TYPE_CHECKING:
     from tea_rl.backbone import Backbone
+    from tea_rl.rollout.trajectory import TokenBatch
 
-#: Tokens whose full-vocabulary logits are alive at once in ``shortlist_size: all``.
-FULL_VOCABULARY_CHUNK = 64
-
-
-class PolicyTerms(NamedTuple):
-    """Per-token quantities of the policy at ``N`` positions, each ``(N,)`` float32, in nats."""
-
-    logps: Tensor
-    anchor: Tensor
-    kl: Tensor
-    entropy: Tensor
+#: Shortlist of ``shortlist_size: auto`` where the recorded tokens bring none.
+AUTO_SHORTLIST_SIZE = 128
+#: States whose reference logits are alive at once while such shortlists are made.
+_SHORTLIST_BLOCK = 64
 
 
 class TeaHead(nn.Module):
-    """Original output layer plus an ensemble of residual networks over the same hidden state.
+    """Original output layer plus an ensemble of residual networks over the same state.
 
     ``head(h)`` returns the full logits of the policy of DESIGN section 3, so that ``model.lm_head = head`` works with
     ``generate``, pipelines and trainers. The reference weight is **shared, not copied**, gets frozen, and never changes; with
@@ -72,13 +74,16 @@ class TeaHead(nn.Module):
             )
         self.config = config
         self.vocab_size, self.hidden_size = weight.shape
-        if config.shortlist_size != "all" and config.shortlist_size >= self.vocab_size:
+        size = config.shortlist_size
+        if isinstance(size, int) and size >= self.vocab_size:
             raise TeaError(
-                f"head.shortlist_size {config.shortlist_size} does not fit a vocabulary of {self.vocab_size} tokens; "
+                f"head.shortlist_size {size} does not fit a vocabulary of {self.vocab_size} tokens; "
                 'take a smaller one, or "all"'
             )
         #: ``k``; the whole vocabulary in full-vocabulary mode.
-        self.shortlist_size = self.vocab_size if config.shortlist_size == "all" else config.shortlist_size
+        self.shortlist_size = size if isinstance(size, int) else self.vocab_size
+        #: Numbers a position carries: ``D``, and as many for every running mean of `HeadConfig.context`.
+        self.state_width = self.hidden_size * (1 + config.context.num_means)
         self.weight = weight
         self.bias = getattr(reference, "bias", None)
         for shared in (self.weight, self.bias):
@@ -89,7 +94,7 @@ class TeaHead(nn.Module):
         self.base_model_name_or_path: str | None = None
         self.reference_digest: str | None = None
         self.base_settings: dict[str, Any] = {}
-        self.members = PackedMembers(config, self.hidden_size, seed).to(weight.device)
+        self.members = PackedMembers(config, self.hidden_size, seed, self.vocab_size).to(weight.device)
         self.reference_delta = None
         if config.train_reference:
             self.reference_delta = nn.Parameter(torch.zeros(weight.shape, device=weight.device))
@@ -138,8 +143,12 @@ class TeaHead(nn.Module):
 
     @property
     def full_vocabulary(self) -> bool:
-        """True for ``shortlist_size: all``: every token is corrected, the tail is empty."""
-        return self.config.shortlist_size == "all"
+        """True for ``shortlist_size`` "all" and "auto": every token is corrected, the tail is empty."""
+        return self.config.shortlist_size in ("all", "auto")
+
+    def reference_states(self, states: Tensor) -> Tensor:
+        """What the reference head reads of (possibly wide) states: the hidden state, ``(..., D)``."""
+        return states if states.shape[-1] == self.hidden_size else states[..., : self.hidden_size]
 
     # -- logits -------------------------------------------------------------------------------------------------------
 
@@ -147,12 +156,21 @@ class TeaHead(nn.Module):
         """Full logits, as the model's ``lm_head`` would return them (before the model's own logit scale).
 
         Shape:
-            hidden_states ``(..., D)``; returns ``(..., V)``, float32: added in half precision, small corrections would vanish.
+            hidden_states ``(..., D)``, or wide with context on; returns ``(..., V)``, float32: added in half precision,
+            small corrections would vanish.
+
+        Raises:
+            TeaError: if context is on and the running means are missing.
         """
-        raw = F.linear(hidden_states, self.weight, self.bias).float()
+        if hidden_states.shape[-1] != self.state_width and self.config.context.num_means:
+            raise TeaError(
+                f"a head with context reads {self.state_width} numbers a position (hidden state and running means), got "
+                f"{hidden_states.shape[-1]}; call the wrapped model of backbone.install(head), not the bare head"
+            )
+        raw = F.linear(self.reference_states(hidden_states), self.weight, self.bias).float()
         if self.strength == 0.0:
             return raw
-        states = hidden_states.reshape(-1, self.hidden_size)
+        states = hidden_states.reshape(-1, self.state_width)
         flat = raw.view(-1, self.vocab_size)
         if self.full_vocabulary:
             out = flat + self.strength * self._full_correction(states)
@@ -166,7 +184,8 @@ class TeaHead(nn.Module):
 
     def reference_logits(self, hidden_states: Tensor, temperature: float = 1.0) -> Tensor:
         """Policy logits of the original model, ``(N, V)`` float32, in a buffer that the caller may overwrite."""
-        logits = F.linear(hidden_states.to(self.weight.dtype), self.weight, self.bias)
+        states = self.reference_states(hidden_states)
+        logits = F.linear(states.to(self.weight.dtype), self.weight, self.bias)
         factor = self.logit_scale / temperature
         logits = logits.float() if logits.dtype != torch.float32 else logits
         return logits if factor == 1.0 else logits.mul_(factor)
@@ -178,11 +197,17 @@ class TeaHead(nn.Module):
             hidden_states ``(N, D)``, ids ``(N, k)``; returns ``(N, k)`` and the tail shift ``(N,)``.
         """
         g, shift = self.members(hidden_states)
-        delta = shortlist_product(g, self.weight, ids)
-        if self.reference_delta is not None:
-            rows = F.embedding(ids, self.reference_delta)
-            delta = delta + torch.bmm(rows, (hidden_states.float() + g).unsqueeze(2)).squeeze(2)
-        return self.logit_scale * delta, shift
+        products = [shortlist_product(*read, ids) for read in self.reads(hidden_states, g)]
+        return self.logit_scale * torch.stack(products).sum(dim=0), shift
+
+    def reads(self, hidden_states: Tensor, g: Tensor) -> list[Reads]:
+        """The products whose sum is the correction (before ``logit_scale``), given what the members returned."""
+        own = Reads(g, self.weight if self.config.readout == "tied" else self.members.vocab_readout)
+        if self.reference_delta is None:
+            return [own]
+        states = self.reference_states(hidden_states).float()
+        # The moved reference also reads what the reference reads.
+        return [own, Reads(states + g if self.config.readout == "tied" else states, self.reference_delta)]
 
     def slot_logits(self, hidden_states: Tensor, shortlist: Shortlist, temperature: float = 1.0) -> Tensor:
         """Policy logits of the slots at this head's strength, ``(N, k + 1)``."""
@@ -193,7 +218,7 @@ class TeaHead(nn.Module):
         return base + (self.strength / temperature) * torch.cat([delta, shift.unsqueeze(1)], dim=1)
 
     def full_logits(self, hidden_states: Tensor, reference: Tensor, temperature: float = 1.0) -> Tensor:
-        """Policy logits of the whole vocabulary (``shortlist_size: all``), ``(N, V)``, from the reference logits."""
+        """Policy logits of the whole vocabulary (``full_vocabulary``), ``(N, V)``, from the reference logits."""
         if self.strength == 0.0:
             return reference
         scale = self.strength * self.logit_scale / temperature
@@ -201,18 +226,57 @@ class TeaHead(nn.Module):
 
     def _full_correction(self, hidden_states: Tensor) -> Tensor:
         g, _ = self.members(hidden_states)
-        delta = F.linear(g.to(self.weight.dtype), self.weight).float()
-        if self.reference_delta is not None:
-            delta = delta + (hidden_states.float() + g) @ self.reference_delta.t()
-        return delta
+        reads = self.reads(hidden_states, g)
+        return sum(  # type: ignore[return-value]
+            F.linear(inputs.to(weight.dtype), weight).float() for inputs, weight in reads
+        )
 
-    def shortlist_of(self, hidden_states: Tensor, temperature: float = 1.0) -> tuple[Shortlist, Tensor]:
-        """Reference shortlist of positions, and the tail's distribution ``(N, V)`` (see `build_shortlist`)."""
-        if self.full_vocabulary:
-            raise TeaError('shortlist_size "all" has no shortlist; use full_logits')
-        return build_shortlist(self.reference_logits(hidden_states, temperature), self.shortlist_size)
+    def shortlist_of(
+        self, hidden_states: Tensor, temperature: float = 1.0, size: int | None = None
+    ) -> tuple[Shortlist, Tensor]:
+        """Reference shortlist of positions, and the tail's distribution ``(N, V)`` (see `build_shortlist`).
+
+        ``size`` None is the head's own; heads of the full vocabulary have none and must be told.
+        """
+        if size is None and self.full_vocabulary:
+            raise TeaError(f'shortlist_size "{self.config.shortlist_size}" has no shortlist; use full_logits')
+        size = self.shortlist_size if size is None else size
+        return build_shortlist(self.reference_logits(hidden_states, temperature), size)
 
     # -- what a loss needs --------------------------------------------------------------------------------------------
+
+    def terms(self, batch: TokenBatch, temperature: float = 1.0, anchor: str = "reverse_kl") -> PolicyTerms:
+        """What a loss needs of recorded tokens, the way ``shortlist_size`` asks for; differentiable.
+
+        "auto" is exact in evaluation mode and an estimate in training mode (`sampled_terms`).
+
+        Tokens chosen in the same state (equal ``state_ids``) share all work but that on the action. A batch's shortlist must
+        have been made at ``temperature``; with "all" it is ignored and may be missing.
+
+        Returns:
+            four times ``(N,)``, in the order of the batch.
+
+        Raises:
+            TeaError: if the batch's shortlist is of another size than the head's.
+        """
+        # Short answers are mostly tokens of few states.
+        states, at = torch.unique(batch.state_ids, return_inverse=True)
+        first = torch.empty_like(states).scatter_(0, at, torch.arange(len(at), device=at.device))
+        cached = batch.shortlist
+        shortlist = None if cached is None else Shortlist(*(part[first] for part in cached))
+        if self.config.shortlist_size == "auto" and self.training:
+            return self.sampled_terms(batch.states[first], batch.actions, shortlist, temperature, anchor, at)
+        if self.full_vocabulary:
+            return self.full_terms(batch.states[first], batch.actions, temperature, anchor, at)
+        size = None if shortlist is None else shortlist.ids.shape[1]
+        if shortlist is None or size != self.shortlist_size:
+            raise TeaError(
+                f"head.shortlist_size is {self.shortlist_size}, but the recorded tokens have {size or 'no shortlist'}; "
+                "use the size they were recorded with"
+            )
+        return self.shortlist_terms(
+            batch.states[first], shortlist, batch.slots, batch.within_tail_logps, temperature, anchor, at
+        )
 
     def shortlist_terms(
         self,
@@ -232,8 +296,29 @@ class TeaHead(nn.Module):
             hidden_states ``(U, D)`` and shortlist of ``U`` rows; slots and within_tail_logps ``(N,)``; ``at`` ``(N,)``: the
             row of each action's state (None: ``U = N``, each its own). Returns four times ``(N,)``.
         """
+        delta, shift = self.shortlist_correction(hidden_states, shortlist.ids)
+        return self.terms_of_correction(
+            delta, shift, shortlist, slots, within_tail_logps, temperature, anchor, at
+        )
+
+    def terms_of_correction(
+        self,
+        delta: Tensor,
+        shift: Tensor,
+        shortlist: Shortlist,
+        slots: Tensor,
+        within_tail_logps: Tensor,
+        temperature: float = 1.0,
+        anchor: str = "reverse_kl",
+        at: Tensor | None = None,
+    ) -> PolicyTerms:
+        """`shortlist_terms` from what `shortlist_correction` returned, for callers that compute it for many heads at once.
+
+        Shape:
+            delta ``(U, k)`` and shift ``(U,)``, in policy units at strength 1 and temperature 1.
+        """
         base = shortlist.slot_logits()
-        logits = self.slot_logits(hidden_states, shortlist, temperature)
+        logits = base + (self.strength / temperature) * torch.cat([delta, shift.unsqueeze(1)], dim=1)
         logps, base_logps = logits.log_softmax(dim=-1), base.log_softmax(dim=-1)
         kl = divergence("reverse_kl", logits, base, logps, base_logps)
         penalty = kl if anchor == "reverse_kl" else divergence(anchor, logits, base, logps, base_logps)
@@ -243,30 +328,59 @@ class TeaHead(nn.Module):
         return PolicyTerms(action_logps(logps, slots, within_tail_logps), penalty, kl, spread)
 
     def full_terms(
-        self, hidden_states: Tensor, actions: Tensor, temperature: float = 1.0, anchor: str = "reverse_kl"
+        self,
+        hidden_states: Tensor,
+        actions: Tensor,
+        temperature: float = 1.0,
+        anchor: str = "reverse_kl",
+        at: Tensor | None = None,
     ) -> PolicyTerms:
-        """The same over the whole vocabulary, in chunks: never holds ``N x V`` numbers, forward or backward.
+        """`shortlist_terms` over the whole vocabulary, without ever holding ``N x V`` numbers.
 
-        Each chunk's logits are recomputed in the backward pass. ``actions`` are token ids ``(N,)``.
+        ``actions`` are token ids ``(N,)``; see `tea_rl.head.full_vocabulary`.
         """
+        g, _ = self.members(hidden_states)
+        if at is None:
+            at = torch.arange(len(actions), device=actions.device)
+        reads = self.reads(hidden_states, g)
+        states = self.reference_states(hidden_states)
+        return fused_terms(
+            states, self.weight, self.bias, reads, self._scales(temperature), actions, at, anchor
+        )
 
-        def chunk_terms(states: Tensor, chosen: Tensor) -> PolicyTerms:
-            base = self.reference_logits(states, temperature)
-            logits = self.full_logits(states, base, temperature)
-            logps, base_logps = logits.log_softmax(dim=-1), base.log_softmax(dim=-1)
-            kl = divergence("reverse_kl", logits, base, logps, base_logps)
-            penalty = kl if anchor == "reverse_kl" else divergence(anchor, logits, base, logps, base_logps)
-            return PolicyTerms(
-                action_logps(logps, chosen, torch.zeros_like(kl)), penalty, kl, entropy(logps, None)
-            )
+    def sampled_terms(
+        self,
+        hidden_states: Tensor,
+        actions: Tensor,
+        shortlist: Shortlist | None,
+        temperature: float = 1.0,
+        anchor: str = "reverse_kl",
+        at: Tensor | None = None,
+    ) -> PolicyTerms:
+        """An estimate of `full_terms` from a shortlist, the actions and sampled tokens; see `tea_rl.head.sampled`.
 
-        chunks = [
-            checkpoint(chunk_terms, states, chosen, use_reentrant=False)
-            for states, chosen in zip(
-                hidden_states.split(FULL_VOCABULARY_CHUNK), actions.split(FULL_VOCABULARY_CHUNK), strict=True
-            )
-        ]
-        return PolicyTerms(*(torch.cat(column) for column in zip(*chunks, strict=True)))
+        Draws from torch's global generator. ``shortlist`` None: it is computed here, at the cost of one reference product.
+        """
+        if shortlist is None:
+            size = min(AUTO_SHORTLIST_SIZE, self.vocab_size - 1)
+            with torch.no_grad():
+                parts = [
+                    self.shortlist_of(block, temperature, size)[0]
+                    for block in hidden_states.split(_SHORTLIST_BLOCK)
+                ]
+            shortlist = Shortlist(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        g, _ = self.members(hidden_states)
+        if at is None:
+            at = torch.arange(len(actions), device=actions.device)
+        reads = self.reads(hidden_states, g)
+        states = self.reference_states(hidden_states)
+        return sampled_terms(
+            states, self.weight, self.bias, reads, self._scales(temperature), shortlist, actions, at, anchor
+        )
+
+    def _scales(self, temperature: float) -> Scales:
+        base = self.logit_scale / temperature
+        return Scales(base, self.strength * base)
 
     @torch.no_grad()
     def disagreement(self, hidden_states: Tensor) -> Tensor:
@@ -274,10 +388,11 @@ class TeaHead(nn.Module):
 
         Zero for a fresh head and for a single member. Shape: ``(..., D)`` to ``(...)``, in squared logit units.
         """
-        states = hidden_states.reshape(-1, self.hidden_size)
+        states = hidden_states.reshape(-1, self.state_width)
         size = min(128, self.shortlist_size)
         ids = self.reference_logits(states).topk(size, dim=-1).indices
         per_member, _ = self.members.corrections_per_member(states)
-        deltas = torch.stack([shortlist_product(g, self.weight, ids) for g in per_member])
+        readout = self.weight if self.config.readout == "tied" else self.members.vocab_readout
+        deltas = torch.stack([shortlist_product(g, readout, ids) for g in per_member])
         variance = deltas.mul_(self.logit_scale).var(dim=0, correction=0).mean(dim=-1)
         return variance.view(hidden_states.shape[:-1])

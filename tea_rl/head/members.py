@@ -15,108 +15,170 @@ from tea_rl.head.config import HeadConfig
 #: The tail shift is one number against a sum of hundreds, so its readout row is read at this gain: at equal learning
 #: rates the shift would otherwise lag far behind the shortlist corrections.
 TAIL_SHIFT_GAIN = 10.0
+#: Likewise for a member's own vocabulary projection, whose logits are sums of a few dozen numbers.
+VOCAB_READOUT_GAIN = 10.0
+#: Initial size of memory keys: peaked enough that a query reads a handful of slots, not the mean of all.
+KEY_SCALE = 2.0
 
 
 class PackedMembers(nn.Module):
     """``K`` dense-concat residual networks and their joint readout.
 
-    A member is LayerNorm over its features, then SiLU layers; the outputs of *all* layers are concatenated and read by
-    one zero-initialised matrix shared by the whole ensemble, so a fresh ensemble corrects nothing at all.
+    A member is LayerNorm over its features, then layers whose outputs are *all* concatenated for the readout. A layer is
+
+    * ``mlp``: ``SiLU(x W + b)``;
+    * ``memory``: a lookup in learned keys and values, ``softmax((x W + b) . keys / sqrt(width)) @ values``.
+
+    The readout makes ``g``, what a correction is read from. ``tied``: one matrix shared by the whole ensemble, and the
+    reference head reads ``g``. ``vocab``: each member projects to ``readout_rank`` numbers, and the rows of
+    ``vocab_readout`` (all members' vocabulary projections side by side) read them. The matrix nearest the logits starts at
+    zero, so a fresh ensemble corrects nothing at all.
+
+    With context on, a state is ``1 + num_means`` blocks of width ``D`` side by side (the hidden state, then the running
+    means); each block has a normalisation and a feature subset of its own, lest one of larger scale drown the others.
 
     Args:
         config: shape and regularisation.
         hidden_size: ``D`` of the backbone.
         seed: of the initialisation (weights, feature subsets, random widths).
+        vocab_size: ``V``; needed by ``readout: vocab`` only.
     """
 
     feature_index: Tensor | None
     widths: Tensor
 
-    def __init__(self, config: HeadConfig, hidden_size: int, seed: int = 0) -> None:
+    def __init__(
+        self, config: HeadConfig, hidden_size: int, seed: int = 0, vocab_size: int | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         self.hidden_size = hidden_size
+        self.num_blocks = 1 + config.context.num_means
         rng = torch.Generator().manual_seed(seed)
         num_members = config.num_members
-        num_features = max(1, round(config.feature_fraction * hidden_size))
+        block_features = max(1, round(config.feature_fraction * hidden_size))
+        num_features = block_features * self.num_blocks
 
         subsets = None
-        if num_features < hidden_size:
+        if block_features < hidden_size:
             subsets = torch.stack(
                 [
-                    torch.randperm(hidden_size, generator=rng)[:num_features].sort().values
+                    torch.randperm(hidden_size, generator=rng)[:block_features].sort().values
+                    + block * hidden_size
                     for _ in range(num_members)
+                    for block in range(self.num_blocks)
                 ]
-            )
+            ).view(num_members, num_features)
         self.register_buffer("feature_index", subsets)
         self.register_buffer("widths", _draw_widths(config, rng))
 
         self.norm_scale = nn.Parameter(torch.ones(num_members, 1, num_features))
         self.norm_shift = nn.Parameter(torch.zeros(num_members, 1, num_features))
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        self.keys, self.values = nn.ParameterList(), nn.ParameterList()
         fan_in = torch.full((num_members,), num_features)
         packed_in = num_features
         for layer in range(len(config.hidden_sizes)):
             width = self.widths[:, layer]
             packed_out = int(width.max())
+            mask = _unit_mask(width, packed_out)
             weight = (
                 torch.randn(num_members, packed_in, packed_out, generator=rng) * fan_in.rsqrt()[:, None, None]
             )
-            self.weights.append(nn.Parameter(weight * _unit_mask(width, packed_out)))
+            self.weights.append(nn.Parameter(weight * mask))
             self.biases.append(nn.Parameter(torch.zeros(num_members, 1, packed_out)))
+            if config.member_kind == "memory":
+                shape = (num_members, config.memory_slots, packed_out)
+                self.keys.append(nn.Parameter(torch.randn(shape, generator=rng) * KEY_SCALE * mask))
+                self.values.append(nn.Parameter(torch.randn(shape, generator=rng) * mask))
             fan_in, packed_in = width, packed_out
         packed_width = sum(bias.shape[-1] for bias in self.biases)
-        self.readout = nn.Parameter(torch.zeros(hidden_size + 1, num_members * packed_width))
+        #: Its last row reads the tail shift; the rows before it (none with ``vocab``) read ``g``.
+        rows = hidden_size if config.readout == "tied" else 0
+        self.readout = nn.Parameter(torch.zeros(rows + 1, num_members * packed_width))
+        if config.readout == "vocab":
+            if vocab_size is None:
+                raise ValueError("readout vocab needs vocab_size")
+            rank = config.readout_rank
+            down = torch.randn(num_members, packed_width, rank, generator=rng) * packed_width**-0.5
+            self.rank_readout = nn.Parameter(down)
+            self.vocab_readout = nn.Parameter(torch.zeros(vocab_size, num_members * rank))
 
     def features(self, hidden_states: Tensor) -> Tensor:
         """Concatenated layer outputs of every member.
 
         Shape:
-            hidden_states ``(N, D)``; returns ``(K, N, S)`` in float32.
+            hidden_states ``(N, D * (1 + num_means))``; returns ``(K, N, S)`` in float32.
         """
-        x = hidden_states.float()
-        if self.feature_index is None:
-            x = F.layer_norm(x, x.shape[-1:]).unsqueeze(0).expand(self.config.num_members, -1, -1)
-        else:
-            x = x[:, self.feature_index].transpose(0, 1)
-            x = F.layer_norm(x, x.shape[-1:])
+        x = self._normalised(hidden_states.float())
         outputs = []
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             if layer == 0:
                 # The affine part of the norm is folded into the first product: (x s + t) W = x (s W) + t W.
                 bias = bias + self.norm_shift @ weight
                 weight = self.norm_scale.transpose(1, 2) * weight
-            x = F.silu(torch.baddbmm(bias, x, weight))
-            if self.config.random_widths:
-                # Members narrower than the pack must not read their padding.
-                x = x * _unit_mask(self.widths[:, layer], x.shape[-1])
+            x = torch.baddbmm(bias, x, weight)
+            # Members narrower than the pack must not read their padding.
+            mask = _unit_mask(self.widths[:, layer], x.shape[-1]) if self.config.random_widths else None
+            if self.config.member_kind == "memory":
+                x = self._look_up(layer, x if mask is None else x * mask)
+            else:
+                x = F.silu(x)
+            if mask is not None:
+                x = x * mask
             x = F.dropout(x, self.config.dropout, self.training)
             outputs.append(x)
         return torch.cat(outputs, dim=-1)
 
+    def _look_up(self, layer: int, query: Tensor) -> Tensor:
+        """Values under the softmax of the query against the keys; ``(K, N, width)`` both ways."""
+        scale = self.widths[:, layer].float().rsqrt()[:, None, None]
+        scores = (query * scale) @ self.keys[layer].transpose(1, 2)
+        return scores.softmax(dim=-1) @ self.values[layer]
+
+    def _normalised(self, states: Tensor) -> Tensor:
+        """What each member sees, every block normalised for itself, ``(K, N, F)``."""
+        if self.feature_index is None:
+            blocks = states.unflatten(-1, (self.num_blocks, -1))
+            x = F.layer_norm(blocks, blocks.shape[-1:]).flatten(-2)
+            return x.unsqueeze(0).expand(self.config.num_members, -1, -1)
+        blocks = states[:, self.feature_index].transpose(0, 1).unflatten(-1, (self.num_blocks, -1))
+        return F.layer_norm(blocks, blocks.shape[-1:]).flatten(-2)
+
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Correction ``g`` and tail shift ``b`` of DESIGN section 3.
+        """What the correction is read from, ``g``, and the tail shift ``b`` of DESIGN section 3.
 
         Shape:
-            hidden_states ``(N, D)``; returns ``g`` ``(N, D)`` and ``b`` ``(N,)``, float32.
+            hidden_states ``(N, D * (1 + num_means))``; returns ``g`` ``(N, D)`` (``vocab``: ``(N, K * readout_rank)``) and
+            ``b`` ``(N,)``, float32.
         """
         features = self.features(hidden_states) * self._member_scales(hidden_states.device)
         out = features.transpose(0, 1).flatten(1) @ self.readout.t()
-        return out[:, :-1], out[:, -1] * TAIL_SHIFT_GAIN
+        shift = out[:, -1] * TAIL_SHIFT_GAIN
+        if self.config.readout == "tied":
+            return out[:, :-1], shift
+        return (features @ self.rank_readout).transpose(0, 1).flatten(1) * VOCAB_READOUT_GAIN, shift
 
     def corrections_per_member(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """What each member alone would answer if all ``K`` members were like it.
 
         Shape:
-            hidden_states ``(N, D)``; returns ``(K, N, D)`` and ``(K, N)``, float32. Their mean over ``K`` is `forward`
-            without dropout.
+            hidden_states ``(N, D * (1 + num_means))``; returns ``g`` of each, ``(K, N, D)`` (``vocab``: ``(K, N, K *
+            readout_rank)``, zero outside the member's own columns), and ``(K, N)``, float32. Their mean over ``K`` is
+            `forward` without dropout.
         """
         features = self.features(hidden_states)
+        num_members = self.config.num_members
         if self.config.aggregation == "sum":
-            features = features * self.config.num_members
-        readout = self.readout.unflatten(1, (self.config.num_members, -1)).permute(1, 2, 0)
+            features = features * num_members
+        readout = self.readout.unflatten(1, (num_members, -1)).permute(1, 2, 0)
         out = features @ readout
-        return out[..., :-1], out[..., -1] * TAIL_SHIFT_GAIN
+        shift = out[..., -1] * TAIL_SHIFT_GAIN
+        if self.config.readout == "tied":
+            return out[..., :-1], shift
+        codes = (features @ self.rank_readout).unsqueeze(2) * VOCAB_READOUT_GAIN
+        own = torch.eye(num_members, device=codes.device)[:, None, :, None]
+        return (codes * own).flatten(2), shift
 
     def _member_scales(self, device: torch.device) -> Tensor:
         """``(K, 1, 1)`` weights of the members: aggregation, and member dropout while training."""

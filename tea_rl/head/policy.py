@@ -20,9 +20,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 #: Stands for minus infinity where a later product with a zero probability must stay zero.
-_MASKED = -1e30
+MASKED = -1e30
 #: Rows gathered at a time; larger blocks fall out of the processor's cache.
 _GATHER_ROWS = 64
+
+
+class PolicyTerms(NamedTuple):
+    """Per-token quantities of the policy at ``N`` positions, each ``(N,)`` float32, in nats."""
+
+    logps: Tensor
+    anchor: Tensor
+    kl: Tensor
+    entropy: Tensor
 
 
 class Shortlist(NamedTuple):
@@ -53,7 +62,7 @@ def build_shortlist(logits: Tensor, size: int) -> tuple[Shortlist, Tensor]:
         the shortlist, and the tail's own distribution ``(N, V)`` (zero on the shortlist), to sample a tail token from.
     """
     top, ids = logits.topk(size, dim=-1)
-    logits.scatter_(1, ids, _MASKED)
+    logits.scatter_(1, ids, MASKED)
     tail_max = logits.amax(dim=-1)
     tail_probs = torch.softmax(logits, dim=-1)
     # tau = max - log p(max): the softmax already holds the sum, a separate logsumexp would be another pass.
@@ -92,13 +101,11 @@ class _ShortlistProduct(torch.autograd.Function):
     """``out[n, j] = weight[ids[n, j]] . g[n]`` without holding the gathered rows of all tokens.
 
     The rows are gathered again for the backward pass: that costs less than keeping ``N x k x D`` numbers alive.
-    The weight is frozen and gets no gradient.
     """
 
     @staticmethod
     def forward(ctx, g: Tensor, weight: Tensor, ids: Tensor) -> Tensor:  # noqa: ANN001
-        ctx.save_for_backward(weight, ids)
-        ctx.g_dtype = g.dtype
+        ctx.save_for_backward(g, weight, ids)
         out = torch.empty(ids.shape, dtype=torch.float32, device=g.device)
         for start in range(0, g.shape[0], _GATHER_ROWS):
             block = slice(start, start + _GATHER_ROWS)
@@ -107,22 +114,26 @@ class _ShortlistProduct(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad_out: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN001
-        weight, ids = ctx.saved_tensors
-        grad_g = torch.empty(ids.shape[0], weight.shape[1], dtype=ctx.g_dtype, device=grad_out.device)
+    def backward(ctx, grad_out: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # noqa: ANN001
+        g, weight, ids = ctx.saved_tensors
+        grad_g = torch.empty_like(g) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for start in range(0, ids.shape[0], _GATHER_ROWS):
             block = slice(start, start + _GATHER_ROWS)
-            rows = F.embedding(ids[block], weight)
-            grad_g[block] = (
-                torch.bmm(grad_out[block].to(rows.dtype).unsqueeze(1), rows).squeeze(1).to(ctx.g_dtype)
-            )
-        return grad_g, None, None
+            own = grad_out[block].to(weight.dtype)
+            if grad_g is not None:
+                rows = F.embedding(ids[block], weight)
+                grad_g[block] = torch.bmm(own.unsqueeze(1), rows).squeeze(1).to(g.dtype)
+            if grad_weight is not None:
+                outer = own.unsqueeze(2) * g[block].to(weight.dtype).unsqueeze(1)
+                grad_weight.index_add_(0, ids[block].flatten(), outer.flatten(0, 1))
+        return grad_g, grad_weight, None
 
 
 def shortlist_product(g: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-    """Read a correction through chosen rows of the reference head.
+    """Read a correction through chosen rows of a vocabulary projection (the reference head, or a trained one).
 
     Shape:
-        g ``(N, D)``; weight ``(V, D)``, frozen; ids ``(N, k)``; returns ``(N, k)`` float32.
+        g ``(N, G)``; weight ``(V, G)``; ids ``(N, k)``; returns ``(N, k)`` float32.
     """
     return _ShortlistProduct.apply(g, weight, ids)

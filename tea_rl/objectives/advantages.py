@@ -56,3 +56,37 @@ def advantages(name: str, rewards: Tensor, scale: str = "group") -> Tensor:
     if name not in simple:
         raise ValueError(f"unknown objective {name!r}; expected grpo, rloo, reinforce or ppo")
     return simple[name](torch.as_tensor(rewards))
+
+
+def stored_advantages(name: str, rewards: Tensor, groups: Tensor, scale: str = "group") -> Tensor:
+    """The same for stored rows, whose groups may differ in size; a row alone in its group has no advantage in one.
+
+    Args:
+        name: objective by its recipe name.
+        rewards: ``(R,)``.
+        groups: numbers that rows of one prompt share, ``(R,)``.
+        scale: as in `grpo_advantages`.
+
+    Shape:
+        returns ``(R,)``.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if name in ("reinforce", "ppo"):
+        return advantages(name, rewards.unsqueeze(0)).squeeze(0)
+    if name not in ("grpo", "rloo"):
+        return advantages(name, rewards)  # says which names there are
+    _, at, counts = torch.unique(groups, return_inverse=True, return_counts=True)
+    size = counts[at].to(rewards.dtype)
+    mean = torch.zeros(len(counts)).index_add_(0, at, rewards)[at] / size
+    centred = rewards - mean
+    if name == "rloo":
+        # r - (sum - r) / (n - 1) = (r - mean) n / (n - 1)
+        return centred * size / (size - 1).clamp(min=1)
+    if scale == "none":
+        return centred
+    if scale == "batch":
+        return centred / (rewards.std() + _EPS)
+    squares = torch.zeros(len(counts)).index_add_(0, at, centred**2)[at]
+    return centred / ((squares / (size - 1).clamp(min=1)).sqrt() + _EPS)

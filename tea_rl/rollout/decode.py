@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from tea_rl.backbone import Backbone
 from tea_rl.errors import TeaError
+from tea_rl.head.context import ContextState
 from tea_rl.head.layer import TeaHead
 from tea_rl.head.policy import Shortlist, action_logps, entropy, sample_slots
 from tea_rl.objectives.anchor import divergence
@@ -94,7 +95,7 @@ def generate(
         uniforms = uniforms.float()
     uniforms = uniforms.to(backbone.device)
     ending = _ending_tokens(backbone, settings.stop)
-    sequences = _Sequences(backbone, prompts, settings)
+    sequences = _Sequences(backbone, prompts, settings, ContextState.begin(head.config.context))
     finished = torch.zeros(len(row_keys), dtype=torch.bool, device=backbone.device)
     steps: list[TokenBatch] = []
     num_states = 0
@@ -129,7 +130,7 @@ def choose_tokens(
 
     Args:
         head: the policy.
-        states: newest hidden states of the ``U`` distinct sequences, ``(U, D)``.
+        states: newest states of the ``U`` distinct sequences, ``(U, D)``, wide where the head reads context features.
         at: which of them each completion has, ``(N,)``.
         uniforms: ``(N, 2)``; the first chooses the slot, the second a token of the tail.
         settings: temperature, and whether to be greedy.
@@ -225,19 +226,23 @@ def _tokens_containing(
 
 
 class _Sequences:
-    """The growing sequences: cache, masks and newest hidden states of the distinct ones, and who has which.
+    """The growing sequences: cache, running means, masks and newest states of the distinct ones, and who has which.
 
     Attributes:
         rows: completions that still grow, ``(N,)``.
         at: the distinct sequence each of them has so far, ``(N,)``.
-        states: newest hidden state of each distinct sequence, ``(U, D)``.
+        states: newest state of each distinct sequence, ``(U, D)``, wide with a context.
     """
 
     def __init__(
-        self, backbone: Backbone, prompts: Sequence[Sequence[int]], settings: DecodeSettings
+        self,
+        backbone: Backbone,
+        prompts: Sequence[Sequence[int]],
+        settings: DecodeSettings,
+        context: ContextState | None = None,
     ) -> None:
-        self.backbone = backbone
-        self.states, mask, self.cache = _prefill(backbone, prompts)
+        self.backbone, self.context = backbone, context
+        self.states, mask, self.cache = _prefill(backbone, prompts, context)
         room = torch.ones(len(prompts), settings.max_new_tokens, dtype=mask.dtype, device=mask.device)
         self.length = mask.shape[1]
         preallocate(self.cache, self.length + settings.max_new_tokens)
@@ -254,6 +259,8 @@ class _Sequences:
         parents, tokens = distinct // self.backbone.vocab_size, distinct % self.backbone.vocab_size
         if self._must_rearrange(parents):
             select_rows(self.cache, parents)
+            if self.context is not None:
+                self.context.select_rows(parents)
             self.mask, self.positions, self.at = self.mask[parents], self.positions[parents], which
         else:
             self.at = parents[which]
@@ -266,6 +273,7 @@ class _Sequences:
             attention_mask=self.mask[:, : self.length],
             position_ids=self.positions,
             past_key_values=self.cache,
+            context=self.context,
         )[:, -1]
         self.positions = self.positions + 1
 
@@ -276,7 +284,9 @@ class _Sequences:
         return parted or held - len(parents) >= max(1, _COMPACT_SHARE * held)
 
 
-def _prefill(backbone: Backbone, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, DynamicCache]:
+def _prefill(
+    backbone: Backbone, prompts: Sequence[Sequence[int]], context: ContextState | None
+) -> tuple[Tensor, Tensor, DynamicCache]:
     """Run the prompts once. Returns last states ``(P, D)``, mask ``(P, length)`` and the filled cache."""
     device, count = backbone.device, len(prompts)
     cache = DynamicCache(config=backbone.model.config)
@@ -292,9 +302,12 @@ def _prefill(backbone: Backbone, prompts: Sequence[Sequence[int]]) -> tuple[Tens
             attention_mask=torch.ones_like(prefix),
             position_ids=torch.arange(shared, device=device).unsqueeze(0),
             past_key_values=cache,
+            context=context,
         )
         for layer in cache.layers:
             layer.batch_repeat_interleave(count)
+        if context is not None:
+            context.repeat_interleave(count)
     rest = [prompt[shared:] for prompt in prompts]
     longest = max(map(len, rest))
     ids = torch.full((count, longest), backbone.pad_token_id)
@@ -306,7 +319,7 @@ def _prefill(backbone: Backbone, prompts: Sequence[Sequence[int]]) -> tuple[Tens
     ids, mask = ids.to(device), mask.to(device)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, shared:]
     states = backbone.forward(
-        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache
+        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, context=context
     )
     return states[:, -1], mask, cache
 

@@ -17,7 +17,8 @@ class TokenBatch:
     """``N`` generated tokens with all that a later update reads; the first axis of every tensor is ``N``.
 
     Attributes:
-        states: hidden states that chose the tokens, ``(N, D)``, in the backbone's dtype.
+        states: hidden states that chose the tokens, ``(N, D)``, in the backbone's dtype; with context features wide
+            ones, ``(N, D * (1 + num_means))``: the hidden state first, then the running means.
         shortlist: reference shortlist at the rollout temperature; None in full-vocabulary mode.
         actions: token ids as sampled.
         slots: shortlist slot of each action, ``k`` for the tail; the token id itself in full-vocabulary mode.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,31 @@ _FREE_ON_RESUME = {
 }
 
 
-def build_manifest(recipe: Recipe, backbone: Backbone, head: TeaHead, digest: str) -> dict[str, Any]:
+@dataclass
+class BaseModelFacts:
+    """What a run remembers of its base model, loaded or only known from a state store.
+
+    Attributes:
+        base_model: its name.
+        base_model_source: where it was loaded from.
+        base_model_digest: of the reference weight.
+        dtype, device: number format of the states, and where the head is trained.
+    """
+
+    base_model: str
+    base_model_source: str
+    base_model_digest: str
+    dtype: str
+    device: str
+
+    @classmethod
+    def of_backbone(cls, backbone: Backbone) -> BaseModelFacts:
+        """Those of a loaded backbone."""
+        dtype = str(backbone.dtype).removeprefix("torch.")
+        return cls(backbone.name_or_path, backbone.source, backbone.digest, dtype, str(backbone.device))
+
+
+def build_manifest(recipe: Recipe, base: BaseModelFacts, head: TeaHead, digest: str) -> dict[str, Any]:
     """Versions, seeds and digests of a run, as JSON values."""
     return {
         "tea_rl_version": tea_rl.__version__,
@@ -48,17 +73,13 @@ def build_manifest(recipe: Recipe, backbone: Backbone, head: TeaHead, digest: st
         "packages": {name: found for name in _PACKAGES if (found := _version(name))},
         "num_threads": torch.get_num_threads(),
         "seed": recipe.train.seed,
-        "base_model": backbone.name_or_path,
-        "base_model_source": backbone.source,
-        "base_model_digest": backbone.digest,
-        "dtype": str(backbone.dtype).removeprefix("torch."),
-        "device": str(backbone.device),
+        **asdict(base),
         "data_digest": digest,
         "trainable_parameters": sum(parameter.numel() for parameter in head.trainable_parameters()),
     }
 
 
-def check_same_run(path: Path, recipe: Recipe, backbone: Backbone, digest: str) -> None:
+def check_same_run(path: Path, recipe: Recipe, base: BaseModelFacts, digest: str) -> None:
     """Refuse to resume with another recipe, model or data than the run began with.
 
     Raises:
@@ -84,9 +105,9 @@ def check_same_run(path: Path, recipe: Recipe, backbone: Backbone, digest: str) 
             f"cannot resume {path}: the recipe differs from the run's in {names}; set it back or start a new run"
         )
     for name, came in (
-        ("base_model_digest", backbone.digest),
+        ("base_model_digest", base.base_model_digest),
         ("data_digest", digest),
-        ("dtype", str(backbone.dtype).removeprefix("torch.")),
+        ("dtype", base.dtype),
     ):
         if manifest.get(name) != came:
             raise TeaError(

@@ -6,10 +6,8 @@ is all that the update reads (DESIGN section 1).
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,43 +16,23 @@ import torch
 from tea_rl.backbone import Backbone, load_backbone
 from tea_rl.data.prompts import data_digest, load_prompts, tokenize_prompts
 from tea_rl.errors import TeaError
-from tea_rl.evaluation.evaluate import Evaluation, PromptSet, Sample, evaluate, score
+from tea_rl.evaluation.evaluate import PromptSet, Sample, evaluate, score
 from tea_rl.evaluation.metrics import mean
-from tea_rl.evaluation.report import write_report
-from tea_rl.head.checkpoint import WEIGHTS_NAME, load_weights
 from tea_rl.head.layer import TeaHead
 from tea_rl.objectives.advantages import advantages
 from tea_rl.recipe import Recipe, load_recipe
 from tea_rl.rewards import load_rewards
 from tea_rl.rollout import DecodeSettings, Rollout, generate
-from tea_rl.training.checkpoint import (
-    load_optimizer,
-    newest_checkpoint,
-    replace_directory,
-    save_checkpoint,
-    save_optimizer,
-)
 from tea_rl.training.learner import Learner
-from tea_rl.training.manifest import build_manifest, check_same_run
+from tea_rl.training.loop import TrainingLoop, TrainResult
+from tea_rl.training.manifest import BaseModelFacts
 from tea_rl.training.plots import write_curves
 from tea_rl.training.progress import Listener
 from tea_rl.training.run_directory import RunDirectory
 from tea_rl.training.seeding import prompts_of_step, seed_step
-from tea_rl.training.trackers import make_tracker
 
 #: States of a step on which member disagreement is measured.
 _DISAGREEMENT_STATES = 64
-
-
-@dataclass
-class TrainResult:
-    """How a run ended: its folder, the last step done, whether a stop was asked for, and its last evaluation."""
-
-    path: Path
-    step: int
-    stopped: bool
-    evaluation: Evaluation | None
-    base_samples: list[Sample]
 
 
 def train(
@@ -65,7 +43,7 @@ def train(
     listener: Listener | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> TrainResult:
-    """Train a TEA head as a recipe says, into a run directory.
+    """Train a TEA head as a recipe says, into a run directory: from prompts, or offline from labelled rows or stored states.
 
     Args:
         recipe: a recipe, the name of a shipped one, or a YAML path.
@@ -80,11 +58,11 @@ def train(
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
     listener = listener or Listener()
     with RunDirectory.create(Path(output), resume=resume) as run:
-        trainer = OnlineTrainer(recipe, run, listener, resume)
-        try:
-            return trainer.run_to_end(should_stop)
-        finally:
-            trainer.tracker.close()
+        if recipe.offline:
+            from tea_rl.training.offline import OfflineTrainer
+
+            return OfflineTrainer(recipe, run, listener, resume).run_to_end(should_stop)
+        return OnlineTrainer(recipe, run, listener, resume).run_to_end(should_stop)
 
 
 def decode_settings(recipe: Recipe, num_generations: int) -> DecodeSettings:
@@ -107,15 +85,14 @@ def prepare_prompts(recipe: Recipe, backbone: Backbone) -> tuple[PromptSet, Prom
     return training, held_out
 
 
-class OnlineTrainer:
-    """One run: owns the head, the learner and the run directory; `train` is the usual way in."""
+class OnlineTrainer(TrainingLoop):
+    """An online run: a step rolls out, rewards and updates; `train` is the usual way in."""
+
+    learner: Learner
 
     def __init__(self, recipe: Recipe, run: RunDirectory, listener: Listener, resume: bool) -> None:
-        self.recipe, self.run, self.listener, self.resume = recipe, run, listener, resume
-        if recipe.train.num_threads is not None:
-            torch.set_num_threads(recipe.train.num_threads)
+        super().__init__(recipe, run, listener, resume)
         self.rewards = load_rewards(recipe.rewards, recipe.base_dir)
-        self.checkpoint = newest_checkpoint(run.path) if resume else None
         listener.on_note(f"loading {recipe.model.name_or_path}")
         self.backbone = load_backbone(**recipe.model.model_dump(), notify=listener.on_note)
         self.training_prompts, self.held_out = prepare_prompts(recipe, self.backbone)
@@ -124,47 +101,18 @@ class OnlineTrainer:
                 f"rollout.prompts_per_step is {recipe.rollout.prompts_per_step}, but there are only "
                 f"{len(self.training_prompts)} training prompts; lower it or add prompts"
             )
-        self.head = TeaHead.for_backbone(self.backbone, recipe.head, seed=recipe.train.seed)
-        self.learner = Learner(
-            self.head,
+        head = TeaHead.for_backbone(self.backbone, recipe.head, seed=recipe.train.seed)
+        learner = Learner(
+            head,
             recipe.objective,
             recipe.anchor,
             recipe.train,
             recipe.rollout.temperature,
             recipe.train.max_steps,
         )
-        resume_step = self.checkpoint[1] if self.checkpoint else None
-        self.tracker = make_tracker(recipe.train.report_to, run.path, recipe.model_dump(), resume_step)
+        digest = data_digest(self.training_prompts.prompts, self.held_out.prompts)
+        self._prepare(head, learner, BaseModelFacts.of_backbone(self.backbone), digest)
         self.base_samples: list[Sample] = []
-        self.last_evaluation: Evaluation | None = None
-
-    # -- the loop -----------------------------------------------------------------------------------------------------
-
-    def run_to_end(self, should_stop: Callable[[], bool]) -> TrainResult:
-        """Steps, evaluations and checkpoints until ``max_steps`` or a stop, then the final head, plots and page."""
-        train = self.recipe.train
-        step = self._resume() if self.resume else self._begin()
-        self.listener.on_start(step + 1, train.max_steps)
-        saved = step
-        if step == 0:
-            self._evaluate(0)
-        stopped = should_stop()
-        while step < train.max_steps and not stopped:
-            step += 1
-            self._step(step)
-            last = step == train.max_steps
-            if last or step % train.eval_steps == 0:
-                self._evaluate(step)
-            stopped = should_stop()
-            if last or stopped or step % train.save_steps == 0:
-                self._save(step)
-                saved = step
-        if self.last_evaluation is None and not stopped:
-            self._evaluate(saved, record=False)
-        self._finish()
-        return TrainResult(
-            self.run.path, step, stopped and step < train.max_steps, self.last_evaluation, self.base_samples
-        )
 
     def _step(self, step: int) -> None:
         """Roll out, reward, advantage, update."""
@@ -246,53 +194,17 @@ class OnlineTrainer:
                     for base, trained in zip(self.base_samples, result.samples, strict=False)
                 ]
             )
+            self._flush()
             write_curves(self.run.read_metrics(), self.run.path / "curves.png")
         self.listener.on_evaluation(row)
 
-    def _log(self, step: int, row: dict[str, Any]) -> None:
-        self.run.append_metrics(row)
-        self.tracker.log({name: value for name, value in row.items() if name != "step"}, step)
-
-    # -- beginning, saving, resuming ----------------------------------------------------------------------------------
-
-    def _begin(self) -> int:
-        self.run.write_recipe(self.recipe.to_yaml())
-        digest = data_digest(self.training_prompts.prompts, self.held_out.prompts)
-        self.run.write_manifest(build_manifest(self.recipe, self.backbone, self.head, digest))
-        return 0
-
-    def _resume(self) -> int:
-        """Restore the newest complete checkpoint and cut the logs back to it. Returns its step, 0 if there is none."""
-        digest = data_digest(self.training_prompts.prompts, self.held_out.prompts)
-        check_same_run(self.run.path, self.recipe, self.backbone, digest)
-        if self.checkpoint is None:
-            self.listener.on_note("no complete checkpoint yet; starting from step 0")
-            self.run.truncate_after(-1)
-            return self._begin()
-        path, step, warnings = self.checkpoint
-        for warning in warnings:
-            self.listener.on_note(f"warning: {warning}")
-        load_weights(self.head, path / "head" / WEIGHTS_NAME)
-        load_optimizer(path, self.learner.optimizer)
-        self.learner.load_state(json.loads((path / "trainer_state.json").read_text(encoding="utf-8")))
-        self.run.truncate_after(step)
+    def _load_state(self, state: dict[str, Any], folder: Path) -> None:
+        super()._load_state(state, folder)
         self.base_samples = [
             Sample(row["prompt"], row["base"], row["base_reward"])
             for row in self.run.read_samples()
             if row["step"] == 0
         ]
-        self.listener.on_note(f"resuming from {path}")
-        return step
 
-    def _save(self, step: int) -> None:
-        def write(folder: Path) -> None:
-            self.head.save_pretrained(folder / "head")
-            save_optimizer(folder, self.learner.optimizer)
-            (folder / "trainer_state.json").write_text(json.dumps(self.learner.state()), encoding="utf-8")
-
-        save_checkpoint(self.run.path, step, write, self.recipe.train.save_total_limit)
-
-    def _finish(self) -> None:
-        replace_directory(self.run.path / "head", self.head.save_pretrained)
-        write_curves(self.run.read_metrics(), self.run.path / "curves.png")
-        write_report(self.run.path)
+    def _result(self, step: int, stopped: bool) -> TrainResult:
+        return TrainResult(self.run.path, step, stopped, self.last_evaluation, self.base_samples)

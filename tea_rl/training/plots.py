@@ -6,7 +6,7 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tea_rl.training.files import atomic_write_bytes, disk_errors
 
@@ -22,11 +22,46 @@ _PANELS = (
     ("Entropy", "nats a token", "entropy", None),
     ("Surprise to the base model", "nats a token", None, "eval_base_nll"),
     ("Distinct bigrams", "share", None, "eval_distinct_2"),
+    ("Accuracy of the likeliest token", "share", None, "eval_accuracy"),
+    ("Reward and gain", "rank correlation", None, "eval_reward_correlation"),
+    ("Pairs: chosen likelier", "share", None, "eval_pair_accuracy_logp"),
+)
+
+
+class _MainLines(NamedTuple):
+    """The large panel: its title and unit, three keys and two labels."""
+
+    title: str
+    unit: str
+    train: str
+    extra: str
+    held_out: str
+    held_out_label: str
+    base_label: str
+
+
+_REWARD_LINES = _MainLines(
+    "Reward",
+    "mean reward",
+    "reward",
+    "eval_reward_greedy",
+    "eval_reward",
+    "held-out, sampled",
+    "base model, sampled",
+)
+_LOSS_LINES = _MainLines(
+    "Loss",
+    "training: objective; held-out: nats a token",
+    "loss",
+    "",
+    "eval_loss",
+    "held-out cross-entropy",
+    "base model",
 )
 
 
 def write_curves(metrics_rows: Sequence[dict[str, Any]], path: str | Path, title: str = "") -> None:
-    """Draw ``curves.png``: reward above, KL, entropy, fluency and diversity below; dashed lines are the base model.
+    """Draw ``curves.png``: reward (offline: loss) above, the other measures below; dashed lines are the base model.
 
     Args:
         metrics_rows: lines of ``metrics.jsonl``, training and evaluation mixed, in any order. Missing keys and numbers
@@ -51,7 +86,9 @@ def write_curves(metrics_rows: Sequence[dict[str, Any]], path: str | Path, title
     grid = figure.add_gridspec(
         2 if panels else 1, max(1, len(panels)), height_ratios=[1.55, 1] if panels else None
     )
-    _draw_reward(figure.add_subplot(grid[0, :]), metrics_rows)
+    offline = _series(metrics_rows, "eval_loss")[0] or not _series(metrics_rows, "reward")[0]
+    main = _LOSS_LINES if offline and _series(metrics_rows, "loss")[0] else _REWARD_LINES
+    _draw_main(figure.add_subplot(grid[0, :]), metrics_rows, main)
     for column, panel in enumerate(panels):
         _draw_panel(figure.add_subplot(grid[1, column]), metrics_rows, *panel)
     buffer = io.BytesIO()
@@ -79,20 +116,21 @@ def _base_level(rows: Sequence[dict[str, Any]], key: str) -> float | None:
     return values[0] if steps and steps[0] == 0 else None
 
 
-def _draw_reward(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
-    _style(axes, "Reward", "mean reward")
-    train = _series(rows, "reward")
-    sampled, greedy = _series(rows, "eval_reward"), _series(rows, "eval_reward_greedy")
+def _draw_main(axes: Axes, rows: Sequence[dict[str, Any]], lines: _MainLines) -> None:
+    _style(axes, lines.title, lines.unit)
+    train, extra, held_out = (_series(rows, key) for key in (lines.train, lines.extra, lines.held_out))
     if train[0]:
         axes.plot(*train, color=_TRAIN, linewidth=1.4, marker=".", markersize=5, label="training batch")
-    if greedy[0]:
-        axes.plot(*greedy, color=_ORANGE, linewidth=1.8, marker="s", markersize=5, label="held-out, greedy")
-    if sampled[0]:
-        axes.plot(*sampled, color=_BLUE, linewidth=2.4, marker="o", markersize=6.5, label="held-out, sampled")
-    base = _base_level(rows, "eval_reward")
+    if extra[0]:
+        axes.plot(*extra, color=_ORANGE, linewidth=1.8, marker="s", markersize=5, label="held-out, greedy")
+    if held_out[0]:
+        axes.plot(
+            *held_out, color=_BLUE, linewidth=2.4, marker="o", markersize=6.5, label=lines.held_out_label
+        )
+    base = _base_level(rows, lines.held_out)
     if base is not None:
-        axes.axhline(base, color=_GREY, linewidth=1.2, linestyle="--", zorder=1, label="base model, sampled")
-    if train[0] or sampled[0]:
+        axes.axhline(base, color=_GREY, linewidth=1.2, linestyle="--", zorder=1, label=lines.base_label)
+    if train[0] or held_out[0]:
         axes.margins(y=0.12)
         # Below the axes: there it hides no point, however the curve runs.
         axes.legend(

@@ -19,3 +19,6 @@ class Listener:
 
     def on_evaluation(self, row: dict[str, Any]) -> None:
         """An evaluation ended; ``row`` is its line of ``metrics.jsonl``."""
+
+    def on_progress(self, done: int, total: int, unit: str) -> None:
+        """Work of known size goes on, such as embedding; the first call says what was done before (a continued store)."""

@@ -105,10 +105,10 @@ class RunDirectory:
         with disk_errors(f"write {self.manifest_path}"):
             atomic_write_text(self.manifest_path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
-    def append_metrics(self, row: dict[str, Any]) -> None:
-        """Append a line to ``metrics.jsonl``; NaN is written as NaN."""
+    def append_metrics(self, *rows: dict[str, Any]) -> None:
+        """Append lines to ``metrics.jsonl``; NaN is written as NaN."""
         with disk_errors(f"write {self.metrics_path}"):
-            append_jsonl(self.metrics_path, [row])
+            append_jsonl(self.metrics_path, rows)
 
     def append_samples(self, rows: list[dict[str, Any]]) -> None:
         """Append lines to ``samples.jsonl``."""

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from naive_policy import logits_of, member_correction
 from torch import nn
 
 from tea_rl.errors import TeaError
@@ -36,6 +37,14 @@ CONFIGS = [
     ),
     HeadConfig(shortlist_size="all", aggregation="mean"),
     HeadConfig(train_reference=True, member_dropout=0.5, dropout=0.2),
+    HeadConfig(readout="vocab", readout_rank=4, shortlist_size="auto", member_dropout=0.5, hidden_sizes=[16]),
+    HeadConfig(
+        readout="vocab", member_kind="memory", random_widths=True, hidden_sizes=[30, 20], shortlist_size=9
+    ),
+    HeadConfig(member_kind="memory", memory_slots=7, hidden_sizes=[12, 8], feature_fraction=0.5),
+    HeadConfig(
+        context={"layers": [1, -1], "horizons": ["all", 8.0]}, hidden_sizes=[16], feature_fraction=0.5
+    ),
 ]
 
 
@@ -43,8 +52,8 @@ CONFIGS = [
 def test_fresh_head_is_the_base_model(reference, config):
     """Invariant 1 on logits, also in training mode with every kind of dropout."""
     head = TeaHead(reference, config)
-    states = torch.randn(3, 5, HIDDEN)
-    assert torch.equal(head(states), reference(states))
+    states = torch.randn(3, 5, head.state_width)
+    assert torch.equal(head(states), reference(states[..., :HIDDEN]))
     assert head.disagreement(states).abs().max() == 0
 
 
@@ -52,10 +61,10 @@ def test_fresh_head_is_the_base_model(reference, config):
 def test_strength_zero_is_the_base_model(reference, config):
     """Invariant 6: exactly, whatever was trained."""
     head = perturb(TeaHead(reference, config))
-    states = torch.randn(3, 5, HIDDEN)
-    assert not torch.allclose(head(states), reference(states))
+    states = torch.randn(3, 5, head.state_width)
+    assert not torch.allclose(head(states), reference(states[..., :HIDDEN]))
     head.strength = 0.0
-    assert torch.equal(head(states), reference(states))
+    assert torch.equal(head(states), reference(states[..., :HIDDEN]))
 
 
 def test_reference_weight_is_shared_and_frozen(reference):
@@ -104,9 +113,11 @@ def test_packed_members_equal_a_loop(feature_fraction, random_widths):
     torch.testing.assert_close(shift, 10 * total[:, -1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("readout", ["tied", "vocab"])
 @pytest.mark.parametrize("aggregation", ["sum", "mean"])
-def test_forward_is_the_mean_of_member_answers(aggregation):
-    members = PackedMembers(HeadConfig(num_members=6, aggregation=aggregation), HIDDEN).eval()
+def test_forward_is_the_mean_of_member_answers(aggregation, readout):
+    config = HeadConfig(num_members=6, aggregation=aggregation, readout=readout)
+    members = PackedMembers(config, HIDDEN, vocab_size=VOCAB).eval()
     nn.init.normal_(members.readout)
     states = torch.randn(9, HIDDEN)
     each, shifts = members.corrections_per_member(states)
@@ -147,6 +158,47 @@ def test_disagreement_grows_with_conflicting_members(reference):
     assert head.disagreement(states).min() > 1e-3
 
 
+@pytest.mark.parametrize("config", CONFIGS)
+def test_disagreement_is_the_variance_of_single_members(reference, config):
+    head = perturb(TeaHead(reference, config))
+    states = torch.randn(5, head.state_width)
+    top = reference(states[:, :HIDDEN]).topk(min(128, head.shortlist_size)).indices
+    delta_of_reference = head.reference_delta
+    head.reference_delta = None  # it is no member's own
+    each = torch.stack([member_correction(head, k, states)[0] for k in range(config.num_members)])
+    head.reference_delta = delta_of_reference
+    if config.aggregation == "sum":
+        each = each * config.num_members
+    expected = each.gather(2, top.expand(config.num_members, -1, -1)).var(dim=0, correction=0).mean(-1)
+    torch.testing.assert_close(head.disagreement(states), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_full_logits_are_those_of_the_definition(reference, config):
+    """The drop-in against members written one by one, for every readout, member kind and shortlist."""
+    head = perturb(TeaHead(reference, config, logit_scale=0.7))
+    states = torch.randn(6, head.state_width)
+    expected, _ = logits_of(head, states)
+    torch.testing.assert_close(head(states) * head.logit_scale, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_blocks_of_a_wide_state_are_normalised_apart():
+    """A running mean a thousand times larger than the state changes nothing, and drowns nothing."""
+    config = HeadConfig(context={"layers": [2]}, hidden_sizes=[16])
+    members = PackedMembers(config, HIDDEN).eval()
+    states = torch.randn(4, 2 * HIDDEN)
+    scaled = torch.cat([states[:, :HIDDEN], 1000 * states[:, HIDDEN:]], dim=1)
+    torch.testing.assert_close(members.features(scaled), members.features(states), rtol=1e-3, atol=1e-4)
+    other = torch.cat([torch.randn(4, HIDDEN), states[:, HIDDEN:]], dim=1)
+    assert (members.features(other) - members.features(states)).abs().max() > 0.1
+
+
+def test_a_head_with_context_needs_the_means(reference):
+    head = TeaHead(reference, HeadConfig(context={"layers": [-1]}))
+    with pytest.raises(TeaError, match=r"reads 96 numbers.*got 48.*wrapped model"):
+        head(torch.randn(2, HIDDEN))
+
+
 def test_refuses_what_it_cannot_correct(reference):
     with pytest.raises(TeaError, match="shortlist_size 200"):
         TeaHead(reference, HeadConfig(shortlist_size=VOCAB))
@@ -180,7 +232,7 @@ def test_save_and_load(reference, tmp_path, config):
         "README.md",
     }
     loaded = TeaHead.from_pretrained(tmp_path, backbone)
-    states = torch.randn(7, HIDDEN)
+    states = torch.randn(7, head.state_width)
     assert torch.equal(loaded(states), head(states))
     assert loaded.strength == 0.5 and loaded.config == config
 

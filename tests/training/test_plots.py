@@ -68,7 +68,16 @@ def test_series_are_sorted_finite_and_last_line_wins():
 
 def test_panels_read_keys_that_runs_write():
     keys = {key for panel in _PANELS for key in panel[2:] if key}
-    assert keys == {"kl", "entropy", "eval_kl", "eval_base_nll", "eval_distinct_2"}
+    online = {"kl", "entropy", "eval_kl", "eval_base_nll", "eval_distinct_2"}
+    assert keys == online | {"eval_accuracy", "eval_reward_correlation", "eval_pair_accuracy_logp"}
+
+
+def test_an_offline_run_shows_its_loss(tmp_path):
+    found = [{"step": 0, "eval_loss": 3.0, "eval_accuracy": 0.2, "eval_kl": 0.0}]
+    found += [{"step": i, "loss": 3 - i / 8, "kl": i / 10} for i in range(1, 9)]
+    found.append({"step": 8, "eval_loss": 2.2, "eval_accuracy": 0.4, "eval_kl": 0.3})
+    write_curves(found, tmp_path / "curves.png")
+    assert {colour("#1f6feb"), colour("#a8c7f0"), colour("#8b949e")} <= drawn(tmp_path / "curves.png")
 
 
 def test_drawing_is_the_same_twice_and_leaves_pyplot_alone(tmp_path):

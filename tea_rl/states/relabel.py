@@ -1,0 +1,94 @@
+"""New rewards for stored completions: reward functions read the stored texts, the backbone is not needed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from tea_rl.errors import TeaError
+from tea_rl.recipe import RewardSpec
+from tea_rl.rewards import load_rewards
+from tea_rl.states.manifest import LOCK_NAME, Manifest
+from tea_rl.states.reward_file import remove_old_rewards, term_array, write_rewards
+from tea_rl.states.store import StateStore
+from tea_rl.training.checkpoint import replace_directory
+from tea_rl.training.files import disk_errors
+from tea_rl.training.run_directory import _take_lock
+
+
+def relabel(
+    store_path: str | Path,
+    rewards: Sequence[RewardSpec],
+    base_dir: str | Path = ".",
+    output: str | Path | None = None,
+) -> StateStore:
+    """Score the completions of a store anew.
+
+    Args:
+        store_path: a complete store.
+        rewards: reward functions, weights and settings.
+        base_dir: folder of relative reward files.
+        output: folder for a store with the new rewards, which shares its shards with the old one where the file system
+            can link (they never change); None puts the new rewards in force in the old store, in one atomic step.
+
+    Returns:
+        the store with the new rewards.
+
+    Raises:
+        TeaError: for a damaged store, a reward that cannot be loaded or fails, or a full disk; nothing has changed then.
+    """
+    function = load_rewards(rewards, base_dir)
+    # Only texts are read: digests of the states are compared when somebody trains on them.
+    store = StateStore.open(store_path, verify=False)
+    prompts, completions, columns = [], [], []
+    for row in store.texts():
+        prompts.append(row["prompt"])
+        completions.append(row["completion"])
+        columns.append(row["columns"])
+    names = sorted({name for row in columns for name in row})
+    batch = function(prompts, completions, {name: [row.get(name) for row in columns] for name in names})
+    terms = {name: term_array(values) for name, values in batch.terms.items()}
+    total = term_array(list(batch.total))
+    if output is None:
+        _replace_rewards(store.path, total, terms)
+        return StateStore.open(store.path, verify=False)
+    _write_copy(store, Path(output), total, terms)
+    return StateStore.open(output, verify=False)
+
+
+def _replace_rewards(path: Path, total: np.ndarray, terms: dict[str, np.ndarray]) -> None:
+    with disk_errors(f"write the rewards of {path}", "relabel again"):
+        lock = _take_lock(path / LOCK_NAME)
+        try:
+            manifest = Manifest.read(path)
+            write_rewards(path, manifest, total, terms)
+            manifest.write(path)
+            remove_old_rewards(path, manifest)
+        finally:
+            os.close(lock)
+
+
+def _write_copy(store: StateStore, output: Path, total: np.ndarray, terms: dict[str, np.ndarray]) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise TeaError(
+            f"expected a new or empty folder for the relabelled store, but {output} is in use; choose another"
+        )
+    manifest = Manifest.read(store.path)
+    shared = [file for file in manifest.files if file != manifest.rewards]
+    shared += [file for shard in manifest.shards for file in shard["files"]]
+
+    def write(folder: Path) -> None:
+        with disk_errors(f"write the store {output}", "relabel again"):
+            for file in shared:
+                try:
+                    os.link(store.path / file, folder / file)
+                except OSError:  # another disk, or one without links
+                    shutil.copyfile(store.path / file, folder / file)
+            write_rewards(folder, manifest, total, terms)
+            manifest.write(folder)
+
+    replace_directory(output, write)

@@ -1,0 +1,268 @@
+"""Offline training of a TEA head: from stored states, or from labelled rows that are embedded first.
+
+A step is one optimizer step on a minibatch read from the store. No backbone is loaded for it, and nothing but a minibatch
+of states is held in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from tea_rl.data.labelled import read_labelled
+from tea_rl.errors import TeaError, did_you_mean
+from tea_rl.evaluation.evaluate import Evaluation
+from tea_rl.evaluation.offline import LOWER_IS_BETTER, METRICS, offline_metrics, row_figures
+from tea_rl.recipe import Recipe
+from tea_rl.states.keys import check_keys, recipe_keys
+from tea_rl.states.manifest import MANIFEST_NAME
+from tea_rl.states.store import StateStore
+from tea_rl.training.loop import TrainingLoop, TrainResult
+from tea_rl.training.manifest import BaseModelFacts
+from tea_rl.training.offline_data import OfflineData
+from tea_rl.training.offline_learner import OfflineLearner
+from tea_rl.training.plots import write_curves
+from tea_rl.training.progress import Listener
+from tea_rl.training.run_directory import RunDirectory
+from tea_rl.training.seeding import seed_step
+
+#: Where a run from labelled rows keeps their states.
+STORE_NAME = "store"
+_BEST_NAME = "best.safetensors"
+#: Objectives that read the stored behaviour and hold to the trust region ``target_kl``.
+_POLICY_GRADIENTS = ("grpo", "rloo", "reinforce", "ppo")
+
+
+def open_store(recipe: Recipe, run_path: Path, listener: Listener) -> StateStore:
+    """The store a recipe learns from: its own, or one made of its dataset inside the run.
+
+    Raises:
+        TeaError: if there is none, it is damaged, or was made with other settings (named).
+    """
+    if recipe.data.store is not None:
+        store = StateStore.open(recipe.data.store)
+        check_keys(store, recipe_keys(recipe))
+        return store
+    path = run_path / STORE_NAME
+    try:
+        store = StateStore.open(path)  # a resumed run: what it began with is what it goes on with
+    except TeaError:
+        from tea_rl.states.embed import embed
+
+        check_dataset(recipe)
+        store = embed(recipe, path, listener)
+    return store
+
+
+def check_dataset(recipe: Recipe) -> None:
+    """Refuse labelled rows that the objective cannot learn from, before the backbone reads them all.
+
+    Raises:
+        TeaError: if they lack what it learns from, or all have the same reward.
+    """
+    data, name = recipe.data, recipe.objective.name
+    assert data.dataset is not None
+    rows = read_labelled(data.dataset, data.kwargs, data.columns).rows
+    rewards = {row.reward for row in rows if row.reward is not None}
+    needs = {
+        "dpo": ("preference pairs (chosen, rejected)", any(row.pair is not None for row in rows)),
+        "kto": ("labels (true or false)", any(row.label is not None or row.pair is not None for row in rows)),
+        "cross_entropy": ("rows", True),
+    }
+    needs["ipo"] = needs["dpo"]
+    # Rewards of the recipe are computed by embed, which replaces those of the data.
+    what, there = needs.get(
+        name, ("rewards (a column reward, or rewards in the recipe)", bool(rewards or recipe.rewards))
+    )
+    if not there:
+        raise TeaError(
+            f"objective.name {name} learns from {what}, but {data.dataset} has none; add them or choose another objective"
+        )
+    if name not in needs and not recipe.rewards and len(rewards) == 1:
+        raise TeaError(
+            f"nothing to learn: all {len(rows)} rows of {data.dataset} have the reward {rewards.pop():g}; give rewards that "
+            "differ, or objective.name cross_entropy to learn every row alike"
+        )
+
+
+def store_facts(store: StateStore) -> BaseModelFacts:
+    """What a store knows of its base model."""
+    keys, settings = store.keys, store.manifest.header.base_settings
+    name = keys["base_model_name_or_path"]
+    return BaseModelFacts(name, settings.get("source", name), keys["reference_digest"], keys["dtype"], "cpu")
+
+
+class OfflineTrainer(TrainingLoop):
+    """An offline run: a step reads a minibatch and descends; `tea_rl.training.online.train` is the usual way in."""
+
+    learner: OfflineLearner
+
+    def __init__(self, recipe: Recipe, run: RunDirectory, listener: Listener, resume: bool) -> None:
+        super().__init__(recipe, run, listener, resume)
+        train = recipe.train
+        if train.early_stopping_patience is not None and train.metric_for_best_model is None:
+            raise TeaError(
+                "train.early_stopping_patience needs train.metric_for_best_model, got none; set it to eval_loss, say"
+            )
+        if train.metric_for_best_model is not None and train.metric_for_best_model not in METRICS:
+            raise TeaError(
+                f"train.metric_for_best_model must be one of {', '.join(METRICS)}, got {train.metric_for_best_model}."
+                f"{did_you_mean(train.metric_for_best_model, METRICS)}"
+            )
+        self.store = open_store(recipe, run.path, listener)
+        self.data = OfflineData(self.store, recipe)
+        if self.data.left_out:
+            listener.on_note(
+                f"{self.data.left_out} rows teach {recipe.objective.name} nothing and are left out"
+            )
+        self.total_steps = self.data.total_steps
+        head = self.store.make_head(recipe.head, seed=train.seed)
+        learner = OfflineLearner(
+            head, recipe.objective, recipe.anchor, train, self.store.temperature, self.total_steps
+        )
+        digest = hashlib.sha256((self.store.path / MANIFEST_NAME).read_bytes()).hexdigest()
+        self.base_metrics: dict[str, float] = {}
+        self.best = Best(train.metric_for_best_model, train.early_stopping_patience)
+        self._prepare(head, learner, store_facts(self.store), digest)
+
+    def _step(self, step: int) -> None:
+        started = time.perf_counter()
+        batch = self.data.batch(step, seed_step(self.recipe.train.seed, step))
+        report = self.learner.update(batch)
+        seconds = time.perf_counter() - started
+        row = {
+            "step": step,
+            "epoch": step / self.data.steps_per_epoch,
+            "loss": report.loss,
+            "kl": report.kl,
+            "entropy": report.entropy,
+            "grad_norm": report.grad_norm,
+            "learning_rate": report.learning_rate,
+            "skipped_steps": self.learner.skipped_steps,
+            "tokens_per_second": len(batch) / seconds,
+            "seconds": seconds,
+        }
+        self._log(step, row)
+        self.listener.on_step(row)
+        if self._left_trust_region(step, report.behaviour_kl):
+            self.ended = True
+            self.listener.on_note(
+                f"step {step}: KL(behaviour || policy) passed objective.target_kl "
+                f"{self.recipe.objective.target_kl:g}; training ends"
+            )
+
+    def _left_trust_region(self, step: int, behaviour_kl: float) -> bool:
+        objective = self.recipe.objective
+        if objective.name not in _POLICY_GRADIENTS or objective.target_kl is None:
+            return False
+        # As online: the first pass over the data always completes.
+        return step > self.data.steps_per_epoch and behaviour_kl > objective.target_kl
+
+    def _evaluate(self, step: int, record: bool = True) -> None:
+        """Held-out figures; at step 0 those of the original model."""
+        best = self.best
+        if not len(self.data.eval_rows):
+            if best.metric is not None:
+                raise TeaError(
+                    f"train.metric_for_best_model {best.metric} needs held-out rows, got none; raise data.eval_fraction"
+                )
+            return
+        metrics = offline_metrics(row_figures([self.head], self.store, self.data.eval_rows)[0])
+        self.last_evaluation = Evaluation(metrics, [])
+        row: dict[str, Any] = {"step": step, **metrics}
+        if step == 0:
+            self.base_metrics = metrics
+        if record:
+            if best.better(step, metrics):
+                best.weights = {
+                    name: value.detach().clone() for name, value in self.head.head_state().items()
+                }
+            elif best.exhausted and step:
+                self.ended = True
+            self._log(step, row)
+            self._flush()
+            write_curves(self.run.read_metrics(), self.run.path / "curves.png")
+        self.listener.on_evaluation(row)
+        if record and self.ended and best.exhausted:
+            self.listener.on_note(
+                f"no better {best.metric} in {best.patience} evaluations; training ends, the head of step {best.step} is kept"
+            )
+
+    # -- the best head ------------------------------------------------------------------------------------------------
+
+    def _write_state(self, folder: Path) -> dict[str, Any]:
+        if self.best.weights:
+            save_file(self.best.weights, folder / _BEST_NAME)
+        return {**super()._write_state(folder), "ended": self.ended, "best": self.best.state()}
+
+    def _load_state(self, state: dict[str, Any], folder: Path) -> None:
+        super()._load_state(state, folder)
+        self.ended = state["ended"]
+        self.best.load_state(state["best"])
+        if (folder / _BEST_NAME).is_file():
+            self.best.weights = load_file(folder / _BEST_NAME)
+        evaluations = [row for row in self.run.read_metrics() if "eval_loss" in row]
+        if evaluations and evaluations[0]["step"] == 0:
+            self.base_metrics = {name: value for name, value in evaluations[0].items() if name != "step"}
+
+    def _finish(self) -> None:
+        if self.best.weights:
+            self.head.load_state_dict(self.best.weights, strict=False)
+            self.last_evaluation = Evaluation(self.best.metrics, [])
+        super()._finish()
+
+    def _result(self, step: int, stopped: bool) -> TrainResult:
+        return TrainResult(self.run.path, step, stopped, self.last_evaluation, base_metrics=self.base_metrics)
+
+
+class Best:
+    """The best head so far by a held-out metric, the original model (step 0) included, and when to give up.
+
+    Args:
+        metric: its name; None: the last head is kept.
+        patience: evaluations without a better one before the run ends; None: never.
+    """
+
+    def __init__(self, metric: str | None, patience: int | None) -> None:
+        self.metric, self.patience = metric, patience
+        self.step, self.waited = -1, 0
+        self.metrics: dict[str, float] = {}
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def better(self, step: int, metrics: dict[str, float]) -> bool:
+        """Take note of an evaluation; True if it is the best yet.
+
+        Raises:
+            TeaError: if the metric is not among those of the evaluation.
+        """
+        if self.metric is None:
+            return False
+        if self.metric not in metrics:
+            raise TeaError(
+                f"train.metric_for_best_model must be one of {', '.join(metrics)}, got {self.metric}."
+                f"{did_you_mean(self.metric, metrics)}"
+            )
+        sign = -1 if self.metric in LOWER_IS_BETTER else 1
+        if not self.metrics or sign * metrics[self.metric] > sign * self.metrics[self.metric]:
+            self.step, self.waited, self.metrics = step, 0, metrics
+            return True
+        self.waited += 1
+        return False
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether patience has run out."""
+        return self.patience is not None and self.waited >= self.patience
+
+    def state(self) -> dict[str, Any]:
+        """Everything but the weights, as JSON values."""
+        return {"step": self.step, "waited": self.waited, "metrics": self.metrics}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore what `state` returned."""
+        self.step, self.waited, self.metrics = state["step"], state["waited"], state["metrics"]

@@ -1,0 +1,144 @@
+"""Stored tokens to one optimizer step of an offline objective."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tea_rl.head.layer import TeaHead
+from tea_rl.head.policy import PolicyTerms
+from tea_rl.objectives.anchor import anchored_loss
+from tea_rl.objectives.policy_gradient import behaviour_kl, clipped_surrogate
+from tea_rl.objectives.preference import dpo, ipo, kto, row_sums
+from tea_rl.objectives.supervised import cross_entropy, reward_weighted
+from tea_rl.recipe import AnchorConfig, ObjectiveConfig, TrainConfig
+from tea_rl.rollout.trajectory import TokenBatch
+from tea_rl.training.optimization import HeadOptimizer
+
+#: Objectives whose loss is one number a pair, and one number a row; that of the others is one a token.
+PAIR_OBJECTIVES, ROW_OBJECTIVES = ("dpo", "ipo"), ("dpo", "ipo", "kto")
+
+
+@dataclass
+class OfflineBatch:
+    """Stored tokens of one step with what their rows teach.
+
+    Attributes:
+        tokens: ``N`` tokens; their ``rows`` count the rows of the batch from 0.
+        signal: what each row teaches: reward, weight or advantage, and for ``kto`` 1 or 0, ``(R,)``. Pairs need none: the rows
+            of a pair follow one another, chosen first.
+        weights: how much each row counts, ``(R,)``.
+        row_numbers: of the rows in the store, ``(R,)``.
+    """
+
+    tokens: TokenBatch
+    signal: Tensor
+    weights: Tensor
+    row_numbers: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass
+class StepReport:
+    """What one step did; ``behaviour_kl`` is the estimate of KL(behaviour || policy) on the batch before it."""
+
+    loss: float
+    kl: float
+    entropy: float
+    grad_norm: float
+    learning_rate: float
+    behaviour_kl: float
+
+
+class OfflineLearner(HeadOptimizer):
+    """Updates a head from stored tokens; the backbone is not involved.
+
+    Args:
+        head: the policy to train.
+        objective, anchor, train: the recipe's groups.
+        temperature: of the store, at which the policy is defined.
+        total_steps: optimizer steps of the whole run, for the learning-rate schedule.
+    """
+
+    def __init__(
+        self,
+        head: TeaHead,
+        objective: ObjectiveConfig,
+        anchor: AnchorConfig,
+        train: TrainConfig,
+        temperature: float,
+        total_steps: int,
+    ) -> None:
+        super().__init__(head, train, total_steps)
+        self.objective, self.anchor, self.temperature = objective, anchor, temperature
+
+    def update(self, batch: OfflineBatch) -> StepReport:
+        """One optimizer step.
+
+        Raises:
+            TeaError: after ``max_skipped_steps`` steps in a row with a loss or gradient that is not finite.
+        """
+        self.head.train()
+        terms = self.head.terms(batch.tokens, self.temperature, self.anchor.divergence)
+        loss = self.loss(batch, terms)
+        loss.backward()
+        return self.finish(batch, terms, loss)
+
+    def finish(self, batch: OfflineBatch, terms: PolicyTerms, loss: Tensor) -> StepReport:
+        """The rest of a step once the gradients of its loss are there; clears them."""
+        learning_rate = self.learning_rate
+        norm = self.follow_gradients(loss)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.head.eval()
+        self.end_step()
+        return StepReport(
+            loss.item(),
+            terms.kl.detach().mean().item(),
+            terms.entropy.detach().mean().item(),
+            norm,
+            learning_rate,
+            behaviour_kl(terms.logps.detach(), batch.tokens.logps).item(),
+        )
+
+    def loss(self, batch: OfflineBatch, terms: PolicyTerms) -> Tensor:
+        """``(task + c * anchor) / (1 + c)``, ``()``."""
+        if self.objective.name in ROW_OBJECTIVES:
+            task = self._row_task(batch, terms)
+        else:
+            weights = batch.weights[batch.tokens.rows]
+            task = (self._token_task(batch, terms) * weights).sum() / weights.sum()
+        return anchored_loss(task, terms.anchor.mean(), self.anchor.conservativity)
+
+    def _token_task(self, batch: OfflineBatch, terms: PolicyTerms) -> Tensor:
+        objective, tokens = self.objective, batch.tokens
+        if objective.name == "cross_entropy":
+            return cross_entropy(terms.logps)
+        signal = batch.signal[tokens.rows]
+        if objective.name == "awr":
+            return signal * cross_entropy(terms.logps)
+        if objective.name == "reward_weighted":
+            return reward_weighted(terms.logps, tokens.base_logps, signal, objective.negative_bound)
+        # The ratio to the stored behaviour is the importance weight; its clip is the trust region of a token.
+        return clipped_surrogate(
+            terms.logps, tokens.logps, signal, objective.clip_range, objective.clip_range_high
+        )
+
+    def _row_task(self, batch: OfflineBatch, terms: PolicyTerms) -> Tensor:
+        objective, tokens, num_rows = self.objective, batch.tokens, len(batch.signal)
+        gains = row_sums(terms.logps - tokens.base_logps, tokens.rows, num_rows)
+        weights = batch.weights
+        if objective.name == "kto":
+            distance = row_sums(terms.kl, tokens.rows, num_rows).mean()
+            losses = kto(gains, batch.signal > 0.5, distance, objective.beta)
+        else:
+            if objective.name == "ipo":
+                gains = gains / torch.bincount(tokens.rows, minlength=num_rows).clamp(min=1)
+            chosen, rejected = gains.view(-1, 2).unbind(1)
+            losses = (dpo if objective.name == "dpo" else ipo)(chosen, rejected, objective.beta)
+            weights = weights.view(-1, 2).mean(dim=1)
+        return (losses * weights).sum() / weights.sum()

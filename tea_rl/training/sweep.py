@@ -1,0 +1,274 @@
+"""Many heads from one state store in one process: one read of each minibatch, one gather of the reference rows for all."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tea_rl.errors import TeaError, did_you_mean
+from tea_rl.evaluation.offline import LOWER_IS_BETTER, bootstrap_interval, offline_metrics, row_figures
+from tea_rl.head.layer import TeaHead
+from tea_rl.head.policy import PolicyTerms
+from tea_rl.head.shared import shared_corrections
+from tea_rl.recipe import Recipe, parse_recipe
+from tea_rl.states.keys import check_keys, recipe_keys
+from tea_rl.states.store import StateStore
+from tea_rl.training.checkpoint import replace_directory
+from tea_rl.training.files import atomic_write_text, disk_errors
+from tea_rl.training.offline_data import OfflineData, row_signal
+from tea_rl.training.offline_learner import OfflineBatch, OfflineLearner, StepReport
+from tea_rl.training.progress import Listener
+from tea_rl.training.seeding import seed_step
+
+#: Settings that decide what a minibatch is: it is the same one for all heads.
+_SHARED = {
+    "objective.name", "objective.minibatch_tokens", "train.max_steps", "train.num_train_epochs", "train.token_dropout",
+    "train.state_noise", "train.short_answer_damping",
+}  # fmt: skip
+_GROUPS = ("head", "objective", "anchor", "train")
+#: What heads are ranked by where the recipe names no metric: the first of these that was measured.
+_RANKED_BY = ("eval_pair_accuracy_logp", "eval_reward_correlation", "eval_loss")
+
+
+@dataclass
+class SweepResult:
+    """One head of a sweep.
+
+    Attributes:
+        number: its place in the grid, from 1; the name of its folder.
+        settings: what the grid set.
+        metric: what heads are ranked by.
+        value, low, high: the metric on held-out rows and its 95 % bootstrap interval.
+        metrics: every held-out figure.
+        parameters: trained numbers.
+        problem: why it did not finish; None for a head that did.
+        path: folder of the saved head; None if it did not finish.
+    """
+
+    number: int
+    settings: dict[str, Any]
+    metric: str = ""
+    value: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    metrics: dict[str, float] = field(default_factory=dict)
+    parameters: int = 0
+    problem: str | None = None
+    path: str | None = None
+
+
+@dataclass
+class _Runner:
+    """A head under way."""
+
+    result: SweepResult
+    head: TeaHead
+    learner: OfflineLearner
+    signal: torch.Tensor
+
+
+def sweep(
+    store: StateStore | str | Path,
+    recipe: Recipe,
+    grid: Mapping[str, Sequence[Any]],
+    output: str | Path,
+    listener: Listener | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> list[SweepResult]:
+    """Train one head for every combination of a grid, on the same minibatches in the same order.
+
+    Heads that read through the frozen reference weight share its gathered rows; each has its own optimizer and schedule. A
+    head that diverges is left behind and reported. ``train.seed`` in the grid seeds the heads, not the order of the data.
+    There are no checkpoints and evaluation comes once, at the end.
+
+    Args:
+        store: opened, or its folder.
+        recipe: everything the grid does not set; its data source is replaced by the store.
+        grid: values by key, such as ``{"train.learning_rate": [1e-4, 3e-4]}``.
+        output: new folder, for ``heads/<number>/`` and ``results.json``.
+        listener: hears of progress.
+        should_stop: asked after every step; True ends the training, and what was trained is evaluated and saved.
+
+    Returns:
+        the heads, best first.
+
+    Raises:
+        TeaError: for every mistake a user can mend.
+    """
+    listener = listener or Listener()
+    output = _new_folder(Path(output))
+    store = store if isinstance(store, StateStore) else StateStore.open(store)
+    combinations = grid_recipes(store, recipe, grid)
+    base = combinations[0][1]
+    if recipe.train.num_threads is not None:
+        torch.set_num_threads(recipe.train.num_threads)
+    data = OfflineData(store, base)
+    if not len(data.eval_rows):
+        raise TeaError("a sweep ranks heads on held-out rows, got none; raise data.eval_fraction")
+    runners = _make_runners(store, data, combinations)
+    listener.on_start(1, data.total_steps)
+    alive = list(runners)
+    for step in range(1, data.total_steps + 1):
+        generator = seed_step(recipe.train.seed, step)
+        report = _step(alive, data.batch(step, generator))
+        alive = [runner for runner in alive if runner.result.problem is None]
+        listener.on_step({"step": step, "heads": len(alive), **report})
+        if not alive or should_stop():
+            break
+    results = _evaluate(runners, data, recipe.train.metric_for_best_model)
+    _save(output, runners, results)
+    return results
+
+
+def grid_recipes(
+    store: StateStore, recipe: Recipe, grid: Mapping[str, Sequence[Any]]
+) -> list[tuple[dict[str, Any], Recipe]]:
+    """Settings and recipe of every combination, the last key varying fastest.
+
+    Raises:
+        TeaError: for a key that cannot vary, an empty list of values, a value the recipe refuses, or a store that does not fit.
+    """
+    for key, values in grid.items():
+        if key.split(".")[0] not in _GROUPS or key.startswith("head.context") or key in _SHARED:
+            raise TeaError(
+                f"--grid {key}: all heads of a sweep learn from the same states and minibatches, so only settings of "
+                f"{', '.join(_GROUPS)} that leave these alone can vary; sweep that one in separate runs"
+            )
+        if not len(values):
+            raise TeaError(f"--grid {key}: expected values, got none; write {key}=A,B")
+    raw = recipe.model_dump()
+    raw["data"].update(prompts=None, dataset=None, store=str(Path(store.path).resolve()))
+    combinations = []
+    for values in itertools.product(*grid.values()):
+        settings = dict(zip(grid, values, strict=True))
+        overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+        found = parse_recipe(raw, recipe.name, recipe.base_dir, overrides)
+        check_keys(store, recipe_keys(found))
+        combinations.append((settings, found))
+    return combinations
+
+
+def _make_runners(
+    store: StateStore, data: OfflineData, combinations: Sequence[tuple[dict[str, Any], Recipe]]
+) -> list[_Runner]:
+    runners: list[_Runner] = []
+    for number, (settings, recipe) in enumerate(combinations, start=1):
+        if runners:
+            first = runners[0].head  # the reference weight is shared, not copied
+            head = TeaHead(first, recipe.head, logit_scale=first.logit_scale, seed=recipe.train.seed)
+            head.base_model_name_or_path = first.base_model_name_or_path
+            head.reference_digest, head.base_settings = first.reference_digest, first.base_settings
+        else:
+            head = store.make_head(recipe.head, seed=recipe.train.seed)
+        learner = OfflineLearner(
+            head, recipe.objective, recipe.anchor, recipe.train, store.temperature, data.total_steps
+        )
+        signal = torch.zeros(len(store))
+        signal[data.train_rows] = row_signal(store, recipe.objective, data.train_rows)
+        result = SweepResult(number, settings)
+        result.parameters = sum(parameter.numel() for parameter in head.trainable_parameters())
+        runners.append(_Runner(result, head, learner, signal))
+    return runners
+
+
+def _step(runners: Sequence[_Runner], batch: OfflineBatch) -> dict[str, float]:
+    """One step of every head on the same minibatch; a head that diverges gets its ``problem``."""
+    tokens = batch.tokens
+    assert tokens.shortlist is not None  # a store always holds one
+    listed = [runner for runner in runners if not runner.head.full_vocabulary]
+    losses = []
+    for runner in runners:
+        runner.head.train()
+    heads = [runner.head for runner in listed]
+    corrections = shared_corrections(heads, tokens.states, tokens.shortlist.ids) if heads else []
+    work: list[tuple[_Runner, OfflineBatch, PolicyTerms, torch.Tensor]] = []
+    for runner, (delta, shift) in zip(listed, corrections, strict=True):
+        learner = runner.learner
+        terms = runner.head.terms_of_correction(
+            delta,
+            shift,
+            tokens.shortlist,
+            tokens.slots,
+            tokens.within_tail_logps,
+            learner.temperature,
+            learner.anchor.divergence,
+        )
+        own = _own_batch(runner, batch)
+        work.append((runner, own, terms, learner.loss(own, terms)))
+    if work:
+        # One backward pass for all: the heads share no trained number, so their gradients stay apart.
+        torch.stack([loss for *_, loss in work]).sum().backward()
+    for runner, own, terms, loss in work:
+        losses.append(_guarded(runner, runner.learner.finish, own, terms, loss))
+    for runner in runners:
+        if runner.head.full_vocabulary:
+            losses.append(_guarded(runner, runner.learner.update, _own_batch(runner, batch)))
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    return {"loss": sum(finite) / len(finite) if finite else math.nan, "tokens": len(tokens)}
+
+
+def _own_batch(runner: _Runner, batch: OfflineBatch) -> OfflineBatch:
+    return OfflineBatch(batch.tokens, runner.signal[batch.row_numbers], batch.weights, batch.row_numbers)
+
+
+def _guarded(runner: _Runner, act: Callable[..., StepReport], *arguments: Any) -> float:
+    """The loss of a step, NaN for a head that diverges in it."""
+    try:
+        return act(*arguments).loss
+    except TeaError as error:
+        runner.result.problem = str(error).split(";")[0]
+        return math.nan
+
+
+def _evaluate(runners: Sequence[_Runner], data: OfflineData, metric: str | None) -> list[SweepResult]:
+    """Measure every head that finished and rank all, those with a problem last."""
+    sound = [runner for runner in runners if runner.result.problem is None]
+    for runner in sound:
+        runner.head.eval()
+    found = row_figures([runner.head for runner in sound], data.store, data.eval_rows) if sound else []
+    for runner, figures in zip(sound, found, strict=True):
+        result = runner.result
+        result.metrics = offline_metrics(figures)
+        if metric is None:
+            metric = next(name for name in _RANKED_BY if name in result.metrics)
+        if metric not in result.metrics:
+            raise TeaError(
+                f"train.metric_for_best_model must be one of {', '.join(result.metrics)}, got {metric}."
+                f"{did_you_mean(metric, result.metrics)}"
+            )
+        result.metric, result.value = metric, result.metrics[metric]
+        result.low, result.high = bootstrap_interval(figures, metric)
+    sign = 1 if metric in LOWER_IS_BETTER else -1
+
+    def order(result: SweepResult) -> tuple[bool, float, int]:
+        usable = math.isfinite(result.value)
+        return not usable, sign * result.value if usable else 0.0, result.number
+
+    return sorted((runner.result for runner in runners), key=order)
+
+
+def _new_folder(output: Path) -> Path:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise TeaError(
+            f"expected a new or empty folder for the sweep, but {output} is not; choose another --output"
+        )
+    return output
+
+
+def _save(output: Path, runners: Sequence[_Runner], results: Sequence[SweepResult]) -> None:
+    for runner in runners:
+        if runner.result.problem is None:
+            target = output / "heads" / str(runner.result.number)
+            replace_directory(target, runner.head.save_pretrained)
+            runner.result.path = str(target)
+    text = json.dumps([asdict(result) for result in results], indent=2, ensure_ascii=False)
+    with disk_errors(f"write {output / 'results.json'}", "run the sweep again"):
+        output.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(output / "results.json", text + "\n")
