@@ -37,6 +37,12 @@ def train(
     output: Annotated[
         Path | None, typer.Option("--output", help="Run directory; by default runs/<recipe>-<time>.")
     ] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            "--store", help="Learn from this state store instead of the recipe's data (tea-rl embed)."
+        ),
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option("--resume", help="Continue the run in --output from its newest complete checkpoint."),
@@ -51,7 +57,10 @@ def train(
 
     if resume and output is None:
         raise TeaError("--resume needs --output DIR, the run directory to continue")
-    loaded = load_recipe(recipe, overrides or [])
+    overrides = overrides or []
+    if store is not None:
+        overrides = ["data.prompts=null", "data.dataset=null", f"data.store={store}", *overrides]
+    loaded = load_recipe(recipe, overrides)
     output = output or Path("runs") / f"{loaded.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     quiet_transformers()
     from tea_rl.training.online import train as run_training
