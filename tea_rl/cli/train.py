@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -65,7 +66,7 @@ def train(
     quiet_transformers()
     from tea_rl.training.online import train as run_training
 
-    with StopOnSignal() as stop, TrainingDisplay() as display:
+    with StopOnSignal() as stop, TrainingDisplay(stop) as display:
         result = run_training(loaded, output, resume=resume, listener=display, should_stop=stop)
     if result.stopped:
         note(
@@ -106,7 +107,7 @@ class StopOnSignal:
 class TrainingDisplay(Listener):
     """A progress bar with live figures on a terminal, plain lines elsewhere."""
 
-    def __init__(self) -> None:
+    def __init__(self, stop: Callable[[], bool] = lambda: False) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -121,6 +122,7 @@ class TrainingDisplay(Listener):
             console=self.console,
             disable=not is_terminal(),
         )
+        self.stop = stop
         self.work: str | None = None
         self.told = 0.0
 
@@ -135,6 +137,8 @@ class TrainingDisplay(Listener):
         self.console.print(text, markup=False)
 
     def on_progress(self, done: int, total: int, unit: str) -> None:
+        if self.stop():  # whole shards are kept: --resume goes on after them
+            raise KeyboardInterrupt
         now = time.monotonic()
         if self.work is None:
             self.work, self.work_before, self.work_start, self.told = "embedding", done, now, now

@@ -120,6 +120,10 @@ def _text(value: Any, name: str, place: str) -> str:
         raise TeaError(f'{place}: expected "{name}" as text, got {shown(value)}; fill or remove the row.')
     if not value.strip():
         raise TeaError(f'{place}: expected text as "{name}", got blank text; fill or remove the row.')
+    if any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise TeaError(
+            f'{place}: expected text as "{name}", got half of a character (a lone surrogate); mend the row.'
+        )
     return value
 
 

@@ -229,11 +229,13 @@ class _Reader:
         """The completion without its tag, and the tag's reward."""
         if self.format == "label":
             return completion, None
+        if reward is not None and "<r" not in completion:
+            return completion, None  # beside a reward, <1> is just text
         found = read_tag(completion, place)
         if reward is not None:
-            if found.reward is not None and "<r" in completion:
+            if found.reward is not None:
                 raise TeaError(f"{place}: expected a reward or a tag, got both; remove one.")
-            return completion, None  # beside a reward, <1> is just text
+            return completion, None
         if found.doubtful is not None:
             self.doubtful.append((place, found.doubtful))
         self.tagged = self.tagged or found.reward is not None

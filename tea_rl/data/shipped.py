@@ -54,6 +54,11 @@ def shipped_dataset(source: str, kwargs: Mapping[str, Any]) -> Path:
                 f'data.kwargs: {source} has no setting "{key}"; {own}.{did_you_mean(key, defaults)}'
             )
     settings = {**defaults, **kwargs}
+    for key, value in settings.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < (0 if key == "seed" else 1):
+            raise TeaError(
+                f"data.kwargs: {key} of {source} must be a positive whole number, got {value!r}; set one."
+            )
     key = hashlib.sha256(json.dumps([_VERSION, settings], sort_keys=True).encode()).hexdigest()[:12]
     path = cache_folder() / "datasets" / f"{name}-{key}.jsonl"
     if not path.is_file():

@@ -80,7 +80,12 @@ def stored_advantages(name: str, rewards: Tensor, groups: Tensor, scale: str = "
     _, at, counts = torch.unique(groups, return_inverse=True, return_counts=True)
     size = counts[at].to(rewards.dtype)
     mean = torch.zeros(len(counts)).index_add_(0, at, rewards)[at] / size
-    centred = rewards - mean
+    extremes = [
+        torch.zeros(len(counts)).scatter_reduce_(0, at, rewards, side, include_self=False)[at]
+        for side in ("amin", "amax")
+    ]
+    # Rounding of the mean must not teach anything where all rewards of a group are equal.
+    centred = torch.where(extremes[0] == extremes[1], 0.0, rewards - mean)
     if name == "rloo":
         # r - (sum - r) / (n - 1) = (r - mean) n / (n - 1)
         return centred * size / (size - 1).clamp(min=1)

@@ -24,6 +24,7 @@ from tea_rl.states.labelling import TokenLabeller
 from tea_rl.states.store import StateStore
 from tea_rl.states.writer import SHARD_TOKENS, StoredRow, StoreHeader, StoreWriter
 from tea_rl.training.progress import Listener
+from tea_rl.training.seeding import seed_step
 
 #: Tokens that go through the backbone together, padding included.
 BATCH_TOKENS = 2048
@@ -194,6 +195,8 @@ def score_rows(recipe: Recipe, rows: Sequence[LabelledRow]) -> RewardBatch | Non
     if not recipe.rewards:
         return None
     rewards = load_rewards(recipe.rewards, recipe.base_dir)
+    # A reward that draws random numbers must give the same ones when a killed embedding goes on.
+    seed_step(recipe.train.seed, 0)
     names = sorted({name for row in rows for name in row.columns})
     columns = {name: [row.columns.get(name) for row in rows] for name in names}
     return rewards([prompt_text(row.prompt) for row in rows], [row.completion for row in rows], columns)

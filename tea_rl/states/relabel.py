@@ -41,9 +41,25 @@ def relabel(
     Raises:
         TeaError: for a damaged store, a reward that cannot be loaded or fails, or a full disk; nothing has changed then.
     """
-    function = load_rewards(rewards, base_dir)
     # Only texts are read: digests of the states are compared when somebody trains on them.
     store = StateStore.open(store_path, verify=False)
+    total, terms = rescore(store, rewards, base_dir)
+    if output is None:
+        _replace_rewards(store.path, total, terms)
+        return StateStore.open(store.path, verify=False)
+    _write_copy(store, Path(output), total, terms)
+    return StateStore.open(output, verify=False)
+
+
+def rescore(
+    store: StateStore, rewards: Sequence[RewardSpec], base_dir: str | Path = "."
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """New rewards of a store's completions and their terms, ``(rows,)`` each; nothing is written.
+
+    Raises:
+        TeaError: for a reward that cannot be loaded or fails.
+    """
+    function = load_rewards(rewards, base_dir)
     prompts, completions, columns = [], [], []
     for row in store.texts():
         prompts.append(row["prompt"])
@@ -51,13 +67,7 @@ def relabel(
         columns.append(row["columns"])
     names = sorted({name for row in columns for name in row})
     batch = function(prompts, completions, {name: [row.get(name) for row in columns] for name in names})
-    terms = {name: term_array(values) for name, values in batch.terms.items()}
-    total = term_array(list(batch.total))
-    if output is None:
-        _replace_rewards(store.path, total, terms)
-        return StateStore.open(store.path, verify=False)
-    _write_copy(store, Path(output), total, terms)
-    return StateStore.open(output, verify=False)
+    return term_array(list(batch.total)), {name: term_array(values) for name, values in batch.terms.items()}
 
 
 def _replace_rewards(path: Path, total: np.ndarray, terms: dict[str, np.ndarray]) -> None:

@@ -79,9 +79,11 @@ def write_rollouts(
     labeller = TokenLabeller.for_backbone(backbone, header.shortlist_size, header.temperature)
     with StoreWriter.create_or_continue(output, header, backbone.reference, shard_tokens) as writer:
         done, total = writer.num_rows // rows_per_step, steps * rows_per_step
-        if writer.complete and writer.num_rows != total:
+        if writer.num_rows > total or (writer.complete and writer.num_rows != total):
+            what = "a complete store" if writer.complete else "the beginning"
             raise TeaError(
-                f"{output} holds a complete store of {done} steps, got {steps}; choose another folder with --output"
+                f"{output} holds {what} of {done} steps, got {steps}; give --steps {done} or more, or choose another folder "
+                "with --output"
             )
         if writer.complete:
             listener.on_note(f"{output} is complete already")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tea_rl.evaluation.offline import LOWER_IS_BETTER, METRICS, offline_metrics,
 from tea_rl.recipe import Recipe
 from tea_rl.states.keys import check_keys, recipe_keys
 from tea_rl.states.manifest import MANIFEST_NAME
+from tea_rl.states.relabel import rescore
 from tea_rl.states.store import StateStore
 from tea_rl.training.loop import TrainingLoop, TrainResult
 from tea_rl.training.manifest import BaseModelFacts
@@ -28,7 +30,7 @@ from tea_rl.training.offline_data import OfflineData
 from tea_rl.training.offline_learner import OfflineLearner
 from tea_rl.training.plots import write_curves
 from tea_rl.training.progress import Listener
-from tea_rl.training.run_directory import RunDirectory
+from tea_rl.training.run_directory import RunDirectory, has_run
 from tea_rl.training.seeding import seed_step
 
 #: Where a run from labelled rows keeps their states.
@@ -47,16 +49,21 @@ def open_store(recipe: Recipe, run_path: Path, listener: Listener) -> StateStore
     if recipe.data.store is not None:
         store = StateStore.open(recipe.data.store)
         check_keys(store, recipe_keys(recipe))
+        if recipe.rewards:
+            listener.on_note("scoring the stored completions with the recipe's rewards")
+            store.rewards, store.terms = rescore(store, recipe.rewards, recipe.base_dir)
         return store
-    path = run_path / STORE_NAME
-    try:
-        store = StateStore.open(path)  # a resumed run: what it began with is what it goes on with
-    except TeaError:
+    path, found = run_path / STORE_NAME, None
+    if has_run(run_path):  # what a run began with is what it goes on with
+        with suppress(TeaError):  # damaged: embedding mends it
+            found = StateStore.open(path)
+    if found is None:
         from tea_rl.states.embed import embed
 
         check_dataset(recipe)
-        store = embed(recipe, path, listener)
-    return store
+        found = embed(recipe, path, listener)
+    check_keys(found, recipe_keys(recipe))
+    return found
 
 
 def check_dataset(recipe: Recipe) -> None:

@@ -116,7 +116,7 @@ def split_store(store: StateStore, data: DataConfig) -> tuple[np.ndarray, np.nda
     """
     if len(store) == 0:
         raise TeaError(f"expected rows to learn from, but the store {store.path} holds none; embed some")
-    if SPLIT_COLUMN in store.text(0)["columns"]:
+    if any(SPLIT_COLUMN in text["columns"] for text in store.texts()):
         sides: tuple[list[int], list[int]] = ([], [])
         for row, text in enumerate(store.texts()):
             sides[_side(text)].append(row)

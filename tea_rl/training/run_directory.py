@@ -60,6 +60,7 @@ class RunDirectory:
             raise TeaError(
                 f"nothing to resume: {path} holds no run; give the folder of one, or leave out --resume"
             )
+        was_begun = (path / LOCK_NAME).is_file()
         with disk_errors(f"make the run folder {path}", "try again, or " + advice):
             path.mkdir(parents=True, exist_ok=True)
             lock = _take_lock(path / LOCK_NAME)
@@ -68,6 +69,10 @@ class RunDirectory:
             os.close(lock)
             if has_run(path):
                 raise TeaError(f"{path} already holds a run; continue it with --resume, or {advice}")
+            if was_begun:  # killed while it was embedding: what is there is worth keeping
+                raise TeaError(
+                    f"{path} holds a run that ended before its first step; continue it with --resume, or {advice}"
+                )
             (path / LOCK_NAME).unlink()
             raise TeaError(
                 f"expected a new or empty folder for the run, but {path} holds {others[0]}; {advice}"

@@ -13,12 +13,19 @@ from typing import Any
 import torch
 
 from tea_rl.errors import TeaError, did_you_mean
-from tea_rl.evaluation.offline import LOWER_IS_BETTER, bootstrap_interval, offline_metrics, row_figures
+from tea_rl.evaluation.offline import (
+    LOWER_IS_BETTER,
+    METRICS,
+    bootstrap_interval,
+    offline_metrics,
+    row_figures,
+)
 from tea_rl.head.layer import TeaHead
 from tea_rl.head.policy import PolicyTerms
 from tea_rl.head.shared import shared_corrections
 from tea_rl.recipe import Recipe, parse_recipe
 from tea_rl.states.keys import check_keys, recipe_keys
+from tea_rl.states.relabel import rescore
 from tea_rl.states.store import StateStore
 from tea_rl.training.checkpoint import replace_directory
 from tea_rl.training.files import atomic_write_text, disk_errors
@@ -86,7 +93,9 @@ def sweep(
 
     Heads that read through the frozen reference weight share its gathered rows; each has its own optimizer and schedule. A
     head that diverges is left behind and reported. ``train.seed`` in the grid seeds the heads, not the order of the data.
-    There are no checkpoints and evaluation comes once, at the end.
+    There are no checkpoints, evaluation comes once, at the end, and every head takes all steps: ``objective.target_kl``, which
+    ends the passes of `train` over stored rollouts, is not looked at. Where the data cannot give
+    ``train.metric_for_best_model``, heads are ranked by what it can give.
 
     Args:
         store: opened, or its folder.
@@ -103,8 +112,16 @@ def sweep(
         TeaError: for every mistake a user can mend.
     """
     listener = listener or Listener()
+    wanted = recipe.train.metric_for_best_model
+    if wanted is not None and wanted not in METRICS:
+        raise TeaError(
+            f"train.metric_for_best_model must be one of {', '.join(METRICS)}, got {wanted}.{did_you_mean(wanted, METRICS)}"
+        )
     output = _new_folder(Path(output))
     store = store if isinstance(store, StateStore) else StateStore.open(store)
+    if recipe.rewards:
+        listener.on_note("scoring the stored completions with the recipe's rewards")
+        store.rewards, store.terms = rescore(store, recipe.rewards, recipe.base_dir)
     combinations = grid_recipes(store, recipe, grid)
     base = combinations[0][1]
     if recipe.train.num_threads is not None:
@@ -236,13 +253,10 @@ def _evaluate(runners: Sequence[_Runner], data: OfflineData, metric: str | None)
     for runner, figures in zip(sound, found, strict=True):
         result = runner.result
         result.metrics = offline_metrics(figures)
-        if metric is None:
+        if (
+            metric is None or metric not in result.metrics
+        ):  # no pairs, say: the heads are trained, so rank them
             metric = next(name for name in _RANKED_BY if name in result.metrics)
-        if metric not in result.metrics:
-            raise TeaError(
-                f"train.metric_for_best_model must be one of {', '.join(result.metrics)}, got {metric}."
-                f"{did_you_mean(metric, result.metrics)}"
-            )
         result.metric, result.value = metric, result.metrics[metric]
         result.low, result.high = bootstrap_interval(figures, metric)
     sign = 1 if metric in LOWER_IS_BETTER else -1

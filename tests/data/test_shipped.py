@@ -52,7 +52,7 @@ def archive(name: str, data: bytes) -> bytes:
 
 
 def test_movie_reviews_are_read_out_of_the_fetched_archive(monkeypatch):
-    table = "1\t2.5\tA joy .\n2\t-1.25\tA bore .\n3\t0\tA film .\n".encode()
+    table = b"1\t2.5\tA joy .\n2\t-1.25\tA bore .\n3\t0\tA film .\n"
     inner = archive("movieReviewSnippets_GroundTruth.txt", table)
     fetched = archive("hutto_ICWSM_2014.tar.gz", inner)
     monkeypatch.setattr(shipped, "_pip_download", lambda *_: fetched)

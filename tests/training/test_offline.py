@@ -312,3 +312,46 @@ def test_pairs_stay_together_once_an_epoch():
     parts = [plan(i + 1) for i in range(plan.steps_per_epoch)]
     assert sorted(np.concatenate(parts).tolist()) == list(range(20))
     assert all((part[::2] + 1 == part[1::2]).all() for part in parts)
+
+
+def test_rewards_of_the_recipe_replace_those_of_the_store(recipe, tmp_path):
+    opposite = tmp_path / "opposite.py"
+    opposite.write_text(
+        "def f(prompts, completions, **columns):\n    return [1.0 if 'x' in c else -1.0 for c in completions]\n"
+    )
+    train(recipe(), tmp_path / "stored")
+    found = recipe()
+    turned = found.model_copy(update={"rewards": load_recipe("quickstart").rewards[:1]})
+    turned.rewards[0].name = f"{opposite}:f"
+    train(turned, tmp_path / "turned")
+    stored, other = (
+        evaluations(tmp_path / name)[-1]["eval_reward_correlation"] for name in ("stored", "turned")
+    )
+    assert stored > 0.8 and other > 0.8  # each with its own rewards, which are opposite
+    assert head_digest(tmp_path / "stored") != head_digest(tmp_path / "turned")
+
+
+def test_a_run_that_ended_while_embedding_is_continued_with_the_data_as_it_is_now(model, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in labelled("rewards")))
+    raw = settings(model, data={"dataset": str(data)}, train={"max_steps": 2})
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(raw))
+    found = load_recipe(str(tmp_path / "r.yaml"))
+    run = tmp_path / "run"
+    embed(found, run / "store")  # all that a killed run had done,
+    (run / "run.lock").touch()  # beside its lock
+    with pytest.raises(TeaError, match="--resume"):
+        train(found, run)
+    data.write_text("".join(json.dumps(row) + "\n" for row in list(labelled("rewards"))[1:]))
+    with pytest.raises(TeaError, match="store"):  # never the old rows in silence
+        train(found, run, resume=True)
+
+
+def test_one_row_with_a_split_makes_the_column_count(model, tmp_path):
+    lines = [{**row, "split": "test" if i % 3 == 0 else "train"} for i, row in enumerate(labelled("rewards"))]
+    del lines[0]["split"]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    raw = settings(model, data={"dataset": str(tmp_path / "rows.jsonl")})
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(raw))
+    with pytest.raises(TeaError, match='column "split" must be one of'):
+        train(load_recipe(str(tmp_path / "r.yaml")), tmp_path / "run")

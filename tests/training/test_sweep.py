@@ -152,3 +152,11 @@ def test_shared_corrections_and_gradients_equal_those_of_each_head():
         torch.testing.assert_close(one, other)
     for one, other in zip(gradients(together), gradients(alone), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_a_misspelt_metric_is_refused_before_the_work(made, tmp_path):
+    store, path = made
+    found = load_recipe(str(path), ["train.metric_for_best_model=eval_los"])
+    with pytest.raises(TeaError, match='Did you mean "eval_loss"'):
+        sweep(store, found, {"train.learning_rate": [1e-3]}, tmp_path / "sweep")
+    assert not (tmp_path / "sweep").exists()
