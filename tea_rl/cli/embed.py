@@ -56,7 +56,7 @@ def print_store(store: StateStore, as_json: bool) -> None:
         + (f", {cut} rows cut at data.max_length)" if cut else ")")
     )
     typer.echo(f"look:    tea-rl inspect {store.path}")
-    typer.echo(f"train:   set data: {{store: {store.path}}} in a recipe, then tea-rl train RECIPE")
+    typer.echo(f"train:   tea-rl train RECIPE --store {store.path}")
 
 
 class WorkDisplay(Listener):

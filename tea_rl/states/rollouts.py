@@ -81,9 +81,9 @@ def write_rollouts(
         done, total = writer.num_rows // rows_per_step, steps * rows_per_step
         if writer.num_rows > total or (writer.complete and writer.num_rows != total):
             what = "a complete store" if writer.complete else "the beginning"
+            advice = f"give --steps {done}" if writer.complete else f"give --steps {done} or more"
             raise TeaError(
-                f"{output} holds {what} of {done} steps, got {steps}; give --steps {done} or more, or choose another folder "
-                "with --output"
+                f"{output} holds {what} of {done} steps, got {steps}; {advice}, or choose another folder with --output"
             )
         if writer.complete:
             listener.on_note(f"{output} is complete already")
