@@ -7,11 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tea_rl.head.layer import TeaHead
 from tea_rl.head.policy import PolicyTerms
 from tea_rl.objectives.anchor import anchored_loss
 from tea_rl.objectives.policy_gradient import behaviour_kl, clipped_surrogate
-from tea_rl.recipe import AnchorConfig, ObjectiveConfig, TrainConfig
 from tea_rl.rollout.trajectory import TokenBatch
 from tea_rl.training.optimization import HeadOptimizer
 
@@ -33,24 +31,8 @@ class UpdateReport:
 class Learner(HeadOptimizer):
     """Updates a head from recorded tokens; the backbone is not involved.
 
-    Args:
-        head: the policy to train.
-        objective, anchor, train: the recipe's groups.
-        temperature: of the rollouts, at which the policy is defined.
-        total_steps: outer steps of the whole run, for the learning-rate schedule.
+    Arguments are those of `HeadOptimizer`; ``total_steps`` counts outer steps.
     """
-
-    def __init__(
-        self,
-        head: TeaHead,
-        objective: ObjectiveConfig,
-        anchor: AnchorConfig,
-        train: TrainConfig,
-        temperature: float,
-        total_steps: int,
-    ) -> None:
-        super().__init__(head, train, total_steps)
-        self.objective, self.anchor, self.temperature = objective, anchor, temperature
 
     def update(self, tokens: TokenBatch, advantages: Tensor, generator: torch.Generator) -> UpdateReport:
         """One step: up to ``inner_epochs`` passes in shuffled minibatches.

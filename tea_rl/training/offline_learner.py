@@ -8,13 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tea_rl.head.layer import TeaHead
 from tea_rl.head.policy import PolicyTerms
 from tea_rl.objectives.anchor import anchored_loss
 from tea_rl.objectives.policy_gradient import behaviour_kl, clipped_surrogate
 from tea_rl.objectives.preference import dpo, ipo, kto, row_sums
 from tea_rl.objectives.supervised import cross_entropy, reward_weighted
-from tea_rl.recipe import AnchorConfig, ObjectiveConfig, TrainConfig
 from tea_rl.rollout.trajectory import TokenBatch
 from tea_rl.training.optimization import HeadOptimizer
 
@@ -58,24 +56,8 @@ class StepReport:
 class OfflineLearner(HeadOptimizer):
     """Updates a head from stored tokens; the backbone is not involved.
 
-    Args:
-        head: the policy to train.
-        objective, anchor, train: the recipe's groups.
-        temperature: of the store, at which the policy is defined.
-        total_steps: optimizer steps of the whole run, for the learning-rate schedule.
+    Arguments are those of `HeadOptimizer`; ``total_steps`` counts optimizer steps.
     """
-
-    def __init__(
-        self,
-        head: TeaHead,
-        objective: ObjectiveConfig,
-        anchor: AnchorConfig,
-        train: TrainConfig,
-        temperature: float,
-        total_steps: int,
-    ) -> None:
-        super().__init__(head, train, total_steps)
-        self.objective, self.anchor, self.temperature = objective, anchor, temperature
 
     def update(self, batch: OfflineBatch) -> StepReport:
         """One optimizer step.

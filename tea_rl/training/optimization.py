@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tea_rl.errors import TeaError
 from tea_rl.head.layer import TeaHead
-from tea_rl.recipe import TrainConfig
+from tea_rl.recipe import AnchorConfig, ObjectiveConfig, TrainConfig
 
 
 class HeadOptimizer:
@@ -18,17 +18,27 @@ class HeadOptimizer:
 
     Args:
         head: the policy to train.
-        train: the recipe's group.
+        objective, anchor, train: the recipe's groups.
+        temperature: of the recorded tokens, at which the policy is defined.
         total_steps: steps of the whole run, for the learning-rate schedule.
 
     Attributes:
         skipped_steps: updates left out because loss or gradient was not finite.
     """
 
-    def __init__(self, head: TeaHead, train: TrainConfig, total_steps: int) -> None:
+    def __init__(
+        self,
+        head: TeaHead,
+        objective: ObjectiveConfig,
+        anchor: AnchorConfig,
+        train: TrainConfig,
+        temperature: float,
+        total_steps: int,
+    ) -> None:
         from transformers import get_scheduler
 
-        self.head, self.train = head, train
+        self.head, self.objective, self.anchor, self.train = head, objective, anchor, train
+        self.temperature = temperature
         self.optimizer = build_optimizer(head.trainable_parameters(), train)
         # Step n uses place n of the schedule, not n - 1: warm-up begins at 1/n and a decay ends at 1/n, where the first
         # or last step would otherwise be wasted at 0. Hence one place more, and one step ahead.
