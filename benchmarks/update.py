@@ -27,7 +27,7 @@ def main() -> None:
     from tea_rl.objectives.anchor import anchored_loss
     from tea_rl.objectives.policy_gradient import clipped_surrogate
     from tea_rl.recipe import AnchorConfig, ObjectiveConfig, TrainConfig
-    from tea_rl.rollout.decode import DecodeSettings, choose_tokens
+    from tea_rl.rollout.decode import choose_tokens
     from tea_rl.training.learner import Learner
 
     torch.manual_seed(0)
@@ -43,7 +43,8 @@ def main() -> None:
                 part,
                 torch.arange(len(part)),
                 torch.rand(len(part), 2, dtype=torch.float64),
-                DecodeSettings(),
+                torch.zeros(len(part), dtype=torch.bool),
+                1.0,
             )
             for part in states.split(64)
         ]

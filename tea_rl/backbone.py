@@ -78,6 +78,8 @@ class Backbone:
         self._parent, self._attribute, self._reference = find_output_layer(self.model)
         self._accepted = frozenset(inspect.signature(self.body.forward).parameters)
         self._wrapper: ContextWrapper | None = None
+        #: Key, cache and running means of the prefix that the newest batch of prompts shared; the decode loop's.
+        self.newest_prefix: tuple[Any, Any, ContextState | None] | None = None
 
     @property
     def body(self) -> nn.Module:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from tea_rl.backbone import Backbone
 from tea_rl.data.prompts import Prompt
 from tea_rl.evaluation.metrics import distinct_n, mean
@@ -12,8 +14,8 @@ from tea_rl.head.layer import TeaHead
 from tea_rl.rewards import RewardBatch, RewardSum
 from tea_rl.rollout import DecodeSettings, Rollout, generate
 
-#: Completions decoded together.
-EVAL_BATCH = 64
+#: Samples decoded together: at least this many, and as many as have this number of tokens at most.
+EVAL_BATCH, EVAL_TOKENS = 64, 2048
 
 
 @dataclass
@@ -48,12 +50,16 @@ class Evaluation:
     samples: list[Sample]
 
 
-def score(rewards: RewardSum, prompts: Sequence[Prompt], generated: Rollout) -> RewardBatch:
-    """Rewards of a rollout's completions."""
-    chosen = [prompts[i] for i in generated.prompt_index.tolist()]
+def score(
+    rewards: RewardSum, prompts: Sequence[Prompt], generated: Rollout, rows: Sequence[int] | None = None
+) -> RewardBatch:
+    """Rewards of a rollout's completions, or of those at ``rows``."""
+    rows = range(len(generated.texts)) if rows is None else rows
+    answered = generated.prompt_index.tolist()
+    chosen = [prompts[answered[row]] for row in rows]
     names = {name for prompt in chosen for name in prompt.columns}
     columns = {name: [prompt.columns.get(name) for prompt in chosen] for name in sorted(names)}
-    return rewards([prompt.text for prompt in chosen], generated.texts, columns)
+    return rewards([prompt.text for prompt in chosen], [generated.texts[row] for row in rows], columns)
 
 
 def evaluate(
@@ -76,28 +82,28 @@ def evaluate(
         ``eval_completion_length`` (tokens).
     """
     terms: dict[str, list[float]] = {}
-    totals, texts, kls, surprises, lengths, samples = [], [], [], [], [], []
+    totals, greedy, texts, kls, surprises, lengths, samples = [], [], [], [], [], [], []
     for part, generated in _rollouts(backbone, head, prompts, settings, seed):
-        batch = score(rewards, part.prompts, generated)
+        is_greedy = (
+            torch.arange(len(generated.texts)) % (settings.num_generations + 1) == settings.num_generations
+        )
+        sampled = (~is_greedy).nonzero().flatten().tolist()
+        # Two calls: a reward may compare the texts it is given together.
+        batch = score(rewards, part.prompts, generated, sampled)
+        greedy += score(rewards, part.prompts, generated, is_greedy.nonzero().flatten().tolist()).total
         totals += batch.total
-        texts += generated.texts
+        of_samples = [generated.texts[row] for row in sampled]
+        texts += of_samples
         for name, values in batch.terms.items():
             terms.setdefault(name, []).extend(value for value in values if value is not None)
-        kls += generated.tokens.kl.tolist()
-        surprises += generated.mean_over_rows(-generated.tokens.base_logps).tolist()
-        lengths += generated.lengths.tolist()
+        kls += generated.tokens.kl[~is_greedy[generated.tokens.rows.cpu()]].tolist()
+        surprises += generated.mean_over_rows(-generated.tokens.base_logps)[sampled].tolist()
+        lengths += generated.lengths[sampled].tolist()
         every = slice(None, None, settings.num_generations)
         samples += [
             Sample(*row)
-            for row in zip(
-                [p.text for p in part.prompts], generated.texts[every], batch.total[every], strict=True
-            )
+            for row in zip([p.text for p in part.prompts], of_samples[every], batch.total[every], strict=True)
         ]
-    greedy = []
-    for part, generated in _rollouts(
-        backbone, head, prompts, replace(settings, greedy=True, num_generations=1), seed
-    ):
-        greedy += score(rewards, part.prompts, generated).total
     metrics = {
         "eval_reward": mean(totals),
         **{f"eval_reward/{name}": mean(values) for name, values in terms.items()},
@@ -113,7 +119,9 @@ def evaluate(
 def _rollouts(
     backbone: Backbone, head: TeaHead, prompts: PromptSet, settings: DecodeSettings, seed: int
 ) -> Iterator[tuple[PromptSet, Rollout]]:
-    size = max(1, EVAL_BATCH // settings.num_generations)
+    """Batches of prompts with their sampled completions and, last of each prompt, its greedy one."""
+    size = max(1, max(EVAL_BATCH, EVAL_TOKENS // settings.max_new_tokens) // settings.num_generations)
+    settings = replace(settings, num_generations=settings.num_generations + 1, greedy_last=True)
     for start in range(0, len(prompts), size):
         keys = range(start, min(start + size, len(prompts)))
         part = prompts.take(keys)

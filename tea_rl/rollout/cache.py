@@ -47,7 +47,9 @@ class PreallocatedLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows at ``indices``; one that occurs twice is copied."""
-        self._fill(self.keys[indices], self.values[indices])
+        length = self.get_seq_length()
+        self._keys, self._values = self._keys.index_select(0, indices), self._values.index_select(0, indices)
+        self._set_length(length)
 
 
 def preallocate(cache: Cache, capacity: int) -> None:

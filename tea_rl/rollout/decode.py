@@ -9,6 +9,7 @@ around it. Finished completions leave the batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -45,6 +46,7 @@ class DecodeSettings:
         max_new_tokens: longest completion.
         temperature: divides the logits; the policy is defined at it. Ignored by the choice of a greedy token.
         greedy: take the likeliest token.
+        greedy_last: of every prompt's completions the last one takes the likeliest tokens, the others are sampled.
         stop: strings; a completion ends with the first token whose text contains one.
     """
 
@@ -52,6 +54,7 @@ class DecodeSettings:
     max_new_tokens: int = 32
     temperature: float = 1.0
     greedy: bool = False
+    greedy_last: bool = False
     stop: tuple[str, ...] = ()
 
 
@@ -94,6 +97,9 @@ def generate(
     if backbone.device.type == "mps":
         uniforms = uniforms.float()
     uniforms = uniforms.to(backbone.device)
+    greedy = torch.full((len(row_keys),), settings.greedy, device=backbone.device)
+    if settings.greedy_last:
+        greedy[settings.num_generations - 1 :: settings.num_generations] = True
     ending = _ending_tokens(backbone, settings.stop)
     sequences = _Sequences(backbone, prompts, settings, ContextState.begin(head.config.context))
     finished = torch.zeros(len(row_keys), dtype=torch.bool, device=backbone.device)
@@ -101,7 +107,14 @@ def generate(
     num_states = 0
     for position in range(settings.max_new_tokens):
         rows = sequences.rows
-        step = choose_tokens(head, sequences.states, sequences.at, uniforms[rows, position], settings)
+        step = choose_tokens(
+            head,
+            sequences.states,
+            sequences.at,
+            uniforms[rows, position],
+            greedy[rows],
+            settings.temperature,
+        )
         step.rows, step.positions = rows, torch.full_like(rows, position)
         step.state_ids = sequences.at + num_states
         num_states += len(sequences.states)
@@ -124,7 +137,7 @@ def generate(
 
 
 def choose_tokens(
-    head: TeaHead, states: Tensor, at: Tensor, uniforms: Tensor, settings: DecodeSettings
+    head: TeaHead, states: Tensor, at: Tensor, uniforms: Tensor, greedy: Tensor, temperature: float
 ) -> TokenBatch:
     """Next tokens of ``N`` completions and their records (``rows``, ``positions`` and the offset of ``state_ids`` still unset).
 
@@ -133,17 +146,18 @@ def choose_tokens(
         states: newest states of the ``U`` distinct sequences, ``(U, D)``, wide where the head reads context features.
         at: which of them each completion has, ``(N,)``.
         uniforms: ``(N, 2)``; the first chooses the slot, the second a token of the tail.
-        settings: temperature, and whether to be greedy.
+        greedy: which of them take the likeliest token instead, ``(N,)`` bool.
+        temperature: divides the logits.
     """
     # Everything that depends on the state alone is computed once for all completions that share it.
     if head.full_vocabulary:
-        base = head.reference_logits(states, settings.temperature)
-        logits, shortlist, tail_probs = head.full_logits(states, base, settings.temperature), None, None
+        base = head.reference_logits(states, temperature)
+        logits, shortlist, tail_probs = head.full_logits(states, base, temperature), None, None
         within_entropy = None
     else:
-        shortlist, tail_probs = head.shortlist_of(states, settings.temperature)
+        shortlist, tail_probs = head.shortlist_of(states, temperature)
         base = shortlist.slot_logits()
-        logits = head.slot_logits(states, shortlist, settings.temperature)
+        logits = head.slot_logits(states, shortlist, temperature)
         within_entropy = shortlist.tail_entropy
     if not bool(torch.isfinite(logits).all()):
         raise TeaError(
@@ -152,14 +166,14 @@ def choose_tokens(
     logps, base_logps = logits.log_softmax(dim=-1), base.log_softmax(dim=-1)
     kl = divergence("reverse_kl", logits, base, logps, base_logps)
 
-    if settings.greedy:
-        slots = _greedy_slots(logits, tail_probs)[at]
-    else:
-        slots = sample_slots(logits[at], uniforms[:, 0])
+    slots = sample_slots(logits[at], uniforms[:, 0])
+    if bool(greedy.any()):
+        greedy_at = at[greedy]
+        slots[greedy] = _greedy_slots(
+            logits[greedy_at], None if tail_probs is None else tail_probs[greedy_at]
+        )
     own_shortlist = None if shortlist is None else Shortlist(*(part[at] for part in shortlist))
-    actions, within_tail = _slots_to_tokens(
-        slots, own_shortlist, tail_probs, at, uniforms[:, 1], settings.greedy
-    )
+    actions, within_tail = _slots_to_tokens(slots, own_shortlist, tail_probs, at, uniforms[:, 1], greedy)
     return TokenBatch(
         states=states[at],
         shortlist=own_shortlist,
@@ -190,7 +204,7 @@ def _slots_to_tokens(
     tail_probs: Tensor | None,
     at: Tensor,
     uniforms: Tensor,
-    greedy: bool,
+    greedy: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Token ids of chosen slots, and their log-probability within the tail (0 on the shortlist)."""
     within_tail = torch.zeros(slots.shape, dtype=torch.float32, device=slots.device)
@@ -201,7 +215,8 @@ def _slots_to_tokens(
     in_tail = (slots == size).nonzero().squeeze(1)
     if len(in_tail):
         probs = tail_probs[at[in_tail]]
-        chosen = probs.argmax(dim=-1) if greedy else sample_slots(probs.log(), uniforms[in_tail])
+        sampled = sample_slots(probs.log(), uniforms[in_tail])
+        chosen = torch.where(greedy[in_tail], probs.argmax(dim=-1), sampled)
         actions[in_tail] = chosen
         within_tail[in_tail] = probs.gather(1, chosen.unsqueeze(1)).squeeze(1).log()
     return actions, within_tail
@@ -296,18 +311,12 @@ def _prefill(
     if not plain:
         shared = 0
     if shared:
-        prefix = torch.tensor([prompts[0][:shared]], device=device)
-        backbone.forward(
-            input_ids=prefix,
-            attention_mask=torch.ones_like(prefix),
-            position_ids=torch.arange(shared, device=device).unsqueeze(0),
-            past_key_values=cache,
-            context=context,
-        )
+        cache, read = _prefix(backbone, tuple(prompts[0][:shared]), context)
         for layer in cache.layers:
             layer.batch_repeat_interleave(count)
-        if context is not None:
-            context.repeat_interleave(count)
+        if context is not None and read is not None:
+            read.repeat_interleave(count)
+            vars(context).update(vars(read))
     rest = [prompt[shared:] for prompt in prompts]
     longest = max(map(len, rest))
     ids = torch.full((count, longest), backbone.pad_token_id)
@@ -322,6 +331,26 @@ def _prefill(
         input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, context=context
     )
     return states[:, -1], mask, cache
+
+
+def _prefix(
+    backbone: Backbone, tokens: tuple[int, ...], context: ContextState | None
+) -> tuple[DynamicCache, ContextState | None]:
+    """Cache and running means of one row after a shared prefix. The newest is remembered: worked examples seldom change."""
+    key = (tokens, None if context is None else context.config)
+    if backbone.newest_prefix is None or backbone.newest_prefix[0] != key:
+        cache, read = DynamicCache(config=backbone.model.config), copy(context)
+        ids = torch.tensor([tokens], device=backbone.device)
+        backbone.forward(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            position_ids=torch.arange(len(tokens), device=backbone.device).unsqueeze(0),
+            past_key_values=cache,
+            context=read,
+        )
+        backbone.newest_prefix = (key, cache, read)
+    _, cache, read = backbone.newest_prefix
+    return deepcopy(cache), deepcopy(read)
 
 
 def _shared_prefix(prompts: Sequence[Sequence[int]]) -> int:

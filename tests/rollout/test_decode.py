@@ -197,6 +197,43 @@ def test_shared_prefix_changes_nothing(backbones):
         assert alone.texts == together.texts[2 * row : 2 * row + 2]
 
 
+def test_a_remembered_prefix_is_the_computed_one(backbones):
+    """The second batch with the same worked examples takes their cache from the first, which must not have touched it."""
+    backbone = backbones("llama")
+    head = trained_head(backbone)
+    prompts = encode(
+        backbone, [f"{'three worked examples ' * 3}{question}" for question in ("a?", "b?", "cc?")]
+    )
+    settings = DecodeSettings(num_generations=2, max_new_tokens=6)
+    backbone.newest_prefix = None
+    first = generate(backbone, head, prompts, settings)
+    assert backbone.newest_prefix is not None
+    again = generate(backbone, head, prompts, settings)
+    assert torch.equal(first.tokens.states, again.tokens.states)
+    assert completions(first) == completions(again)
+    # Another prefix takes its place.
+    others = encode(backbone, [f"{'quite another prefix ' * 3}{question}" for question in ("a?", "b?")])
+    generate(backbone, head, others, settings)
+    assert torch.equal(generate(backbone, head, prompts, settings).tokens.states, first.tokens.states)
+
+
+def test_the_last_completion_is_greedy_beside_the_same_samples(backbones):
+    backbone = backbones("llama")
+    head = trained_head(backbone)
+    prompts = encode(backbone)
+    both = completions(
+        generate(
+            backbone, head, prompts, DecodeSettings(num_generations=3, max_new_tokens=8, greedy_last=True)
+        )
+    )
+    greedy = generate(backbone, head, prompts, DecodeSettings(max_new_tokens=8, greedy=True))
+    sampled = completions(
+        generate(backbone, head, prompts, DecodeSettings(num_generations=3, max_new_tokens=8))
+    )
+    assert both[2::3] == completions(greedy)
+    assert [both[0::3], both[1::3]] == [sampled[0::3], sampled[1::3]]
+
+
 def test_identical_prompts_keep_a_token_of_their_own(backbones):
     backbone = backbones("llama")
     prompts = encode(backbone, ["exactly the same prompt"] * 2)
