@@ -359,12 +359,12 @@ class Recipe(_Group):
         return dump_yaml(self.model_dump())
 
 
-def _parse_override(override: str) -> tuple[tuple[Any, ...], Any]:
+def _parse_override(override: str, option: str) -> tuple[tuple[Any, ...], Any]:
     key, equals, text = override.partition("=")
     parts = tuple(int(part) if part.isdigit() else part for part in key.strip().split("."))
     if not equals or "" in parts:
-        raise TeaError(f'--set "{override}": expected KEY=VALUE such as train.max_steps=50.')
-    value = parse_yaml(text, f"--set {override}")
+        raise TeaError(f'{option} "{override}": expected KEY=VALUE such as train.max_steps=50.')
+    value = parse_yaml(text, f"{option} {override}")
     _, field, _ = field_at(Recipe, parts)
     if (
         field is not None
@@ -375,20 +375,18 @@ def _parse_override(override: str) -> tuple[tuple[Any, ...], Any]:
     return parts, value
 
 
-def _apply_override(raw: dict[str, Any], path: tuple[Any, ...], value: Any, override: str) -> None:
+def _apply_override(raw: dict[str, Any], path: tuple[Any, ...], value: Any, origin: str) -> None:
     here: Any = raw
     for position, part in enumerate(path):
         seen = dotted(path[:position])
         if isinstance(here, list):
             if not isinstance(part, int) or part >= len(here):
                 raise TeaError(
-                    f"--set {override}: {seen} is a list of {len(here)}; expected a position from 0 to {len(here) - 1} "
+                    f"{origin}: {seen} is a list of {len(here)}; expected a position from 0 to {len(here) - 1} "
                     f'after it, got "{part}".'
                 )
         elif not isinstance(here, dict):
-            raise TeaError(
-                f'--set {override}: "{seen}" is {shown(here)}, which has nothing called "{part}" in it.'
-            )
+            raise TeaError(f'{origin}: "{seen}" is {shown(here)}, which has nothing called "{part}" in it.')
         if position == len(path) - 1:
             here[part] = value
         else:
@@ -402,11 +400,12 @@ def parse_recipe(
     source: str = "recipe",
     base_dir: Path | None = None,
     overrides: Sequence[str] = (),
+    option: str = "--set",
 ) -> Recipe:
     """Validate a mapping as read from YAML.
 
     Paths inside it are relative to ``base_dir`` (default: the current folder); those in ``overrides`` are relative to the
-    current folder, as a shell user expects.
+    current folder, as a shell user expects; errors name the command-line ``option`` that gave them.
 
     Raises:
         TeaError: the first mistake, in one line that starts with ``source`` or with the override at fault.
@@ -416,8 +415,8 @@ def parse_recipe(
     resolve_paths(settings, base_dir)
     applied: list[tuple[tuple[Any, ...], str]] = []
     for override in overrides:
-        path, value = _parse_override(override)
-        _apply_override(settings, path, value, override)
+        path, value = _parse_override(override, option)
+        _apply_override(settings, path, value, f"{option} {override}")
         applied.append((path, override))
     resolve_paths(settings, Path.cwd())
     try:
@@ -425,7 +424,7 @@ def parse_recipe(
     except SchemaProblem as problem:
         where = problem.path
         blame = [text for path, text in applied if path[: len(where)] == where or where[: len(path)] == path]
-        origin = f"--set {blame[-1]}" if blame and where else source
+        origin = f"{option} {blame[-1]}" if blame and where else source
         raise TeaError(f"{origin}: {problem}") from None
     except TeaError as error:
         raise TeaError(f"{source}: {error}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -67,10 +68,12 @@ def check(
     names = _parse_columns(columns or [])
     if format not in ("plain", "chat"):
         raise TeaError(f'--format takes plain or chat; got "{format}"')
+    if split is not None and Path(file).is_file():
+        raise TeaError(f"--split is for a datasets folder or a Hub id; got the file {file}; leave it out")
     from tea_rl.data.labelled import scan_labelled
     from tea_rl.data.summary import summarise
 
-    data, problems = scan_labelled(file, {"split": split} if split else {}, names)
+    data, problems = scan_labelled(file, {"split": split} if split else {}, names, "FILE", "--columns")
     summary = summarise(data)
     if data.rows:
         summary.lengths = _lengths(data, model, "chat" if format == "chat" else "plain", max_length)
@@ -132,6 +135,9 @@ def _print(summary: DataSummary, problems: list[str]) -> None:
     )
     if summary.labels:
         typer.echo("labels:   " + ", ".join(f"{count} {name}" for name, count in summary.labels.items()))
+    if summary.splits:
+        counts = ", ".join(f"{count} {name}" for name, count in summary.splits.items())
+        typer.echo(f"split:    {counts} (the column split decides what is held out)")
     if summary.lengths is not None:
         _print_lengths(summary.lengths)
     if summary.rewards is not None:

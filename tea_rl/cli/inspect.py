@@ -1,4 +1,4 @@
-"""``tea-rl inspect``: browse a store's rows and tokens, or a run's samples."""
+"""``tea-rl inspect``: browse a store's rows and tokens, or a run's samples or held-out figures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def inspect(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Browse rows, rewards and token-level log-probabilities of a store, or the samples of a run.
+    """Browse rows, rewards and token-level log-probabilities of a store, or the samples (offline: held-out figures) of a run.
 
     Example: [bold]tea-rl inspect stores/quickstart --row 3[/bold]
     """
@@ -33,13 +33,15 @@ def inspect(
 
     if has_run(path):
         if head is not None:
-            raise TeaError(f"--head is for stores, but {path} is a run; leave it out")
+            raise TeaError(
+                f"--head is for stores, but {path} is a run; leave it out, or give {_rows_of(path)}"
+            )
         _inspect_run(path, row, start, limit, as_json)
         return
     from tea_rl.states.browse import load_head_for, row_summaries, store_summary
     from tea_rl.states.store import StateStore
 
-    # Looking at some rows should not read all of them; training compares the digests.
+    # Looking at some rows should not read all of them: files are compared with their digests as they are read.
     store = StateStore.open(path, verify=False)
     tea = None if head is None else load_head_for(store, head)
     if row is not None:
@@ -90,16 +92,12 @@ def _inspect_row(store: StateStore, row: int, head: Any, as_json: bool) -> None:
 
 def _inspect_run(path: Path, row: int | None, start: int, limit: int, as_json: bool) -> None:
     from tea_rl.errors import TeaError
-    from tea_rl.training.files import read_jsonl
-    from tea_rl.training.run_directory import SAMPLES_NAME
 
-    samples = read_jsonl(path / SAMPLES_NAME)
-    if not samples:
-        raise TeaError(f"the run {path} has no samples yet; they come with its evaluations")
+    what, items = _run_items(path)
     wanted = start if row is None else row
-    if wanted >= len(samples):
-        raise TeaError(f"{path} has samples 0 to {len(samples) - 1}, got {wanted}; choose one of them")
-    rows = [{"row": number, **sample} for number, sample in enumerate(samples)]
+    if wanted >= len(items):
+        raise TeaError(f"{path} has {what} 0 to {len(items) - 1}, got {wanted}; choose one of them")
+    rows = [{"row": number, **item} for number, item in enumerate(items)]
     shown = rows[start : start + limit] if row is None else [rows[row]]
     if as_json:
         print_json(shown)
@@ -110,7 +108,45 @@ def _inspect_run(path: Path, row: int | None, start: int, limit: int, as_json: b
         titles = list(dict.fromkeys(name for item in shown for name in item))
         _print_table(titles, [[_cell(item.get(title)) for title in titles] for item in shown])
         if start + limit < len(rows):
-            note(f"{len(rows) - start - limit} more samples; --start {start + limit} goes on")
+            note(f"{len(rows) - start - limit} more {what}; --start {start + limit} goes on")
+    if what == "evaluations":
+        note(f"{path} has no samples, so these are its held-out figures; look at rows with {_rows_of(path)}")
+
+
+def _run_items(path: Path) -> tuple[str, list[dict[str, Any]]]:
+    """What there is to look at in a run, and its name.
+
+    Raises:
+        TeaError: if there is nothing yet.
+    """
+    from tea_rl.errors import TeaError
+    from tea_rl.training.files import read_jsonl
+    from tea_rl.training.run_directory import METRICS_NAME, SAMPLES_NAME
+
+    if samples := read_jsonl(path / SAMPLES_NAME):
+        return "samples", samples
+    metrics = read_jsonl(path / METRICS_NAME)
+    figures = [
+        {
+            name.removeprefix("eval_"): value
+            for name, value in row.items()
+            if name == "step" or name.startswith("eval_")
+        }
+        for row in metrics
+    ]
+    if evaluations := [row for row in figures if len(row) > 1]:
+        return "evaluations", evaluations
+    steps = max((row.get("step", 0) for row in metrics), default=0)
+    raise TeaError(
+        f"expected samples or held-out figures in the run {path}, but it has {steps} steps and neither; they come with "
+        f"evaluations (train.eval_steps, held-out data); see {path / METRICS_NAME}, or {_rows_of(path)}"
+    )
+
+
+def _rows_of(path: Path) -> str:
+    """The command that shows the rows a run learns from, as far as the run tells."""
+    store = path / "store"
+    return f"tea-rl inspect {store if store.is_dir() else 'STORE'} --head {path / 'head'}"
 
 
 def _print_summary(summary: dict[str, Any]) -> None:

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from tea_rl.cli.common import JsonOption, SetOption, quiet_transformers
-from tea_rl.cli.embed import StoreOutput, WorkDisplay, print_store
+from tea_rl.cli.embed import StoreOutput, print_store
+from tea_rl.cli.progress import WorkDisplay
 
 
 def rollout(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from collections.abc import Callable
@@ -11,15 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tea_rl.cli.common import SetOption, is_terminal, note, quiet_transformers
-from tea_rl.training.progress import Listener
+from tea_rl.cli.common import SetOption, note, quiet_transformers
+from tea_rl.cli.progress import WorkDisplay, duration
 
 if TYPE_CHECKING:
     from tea_rl.training.online import TrainResult
 
 
-#: Seconds between two lines about short steps where no progress bar can be shown.
-_LINE_SECONDS = 5.0
+#: Settings that say themselves what a run learns from.
+_SOURCES = ("data.prompts", "data.dataset", "data.store")
 #: Held-out figures of an offline run: name, key, key of the original model's where it is measured apart.
 _OFFLINE_FIGURES = (
     ("cross-entropy", "eval_loss", "eval_base_loss"),
@@ -59,13 +60,24 @@ def train(
     if resume and output is None:
         raise TeaError("--resume needs --output DIR, the run directory to continue")
     overrides = overrides or []
+    if resume and store is None and not any(text.strip().startswith(_SOURCES) for text in overrides):
+        store = _store_of_run(output)
     if store is not None:
-        overrides = ["data.prompts=null", "data.dataset=null", f"data.store={store}", *overrides]
+        overrides = [
+            "data.prompts=null",
+            "data.dataset=null",
+            f"data.store={json.dumps(str(store), ensure_ascii=False)}",
+            *overrides,
+        ]
     loaded = load_recipe(recipe, overrides)
     output = output or Path("runs") / f"{loaded.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     quiet_transformers()
     from tea_rl.training.online import train as run_training
 
+    if resume:
+        from tea_rl.training.manifest import check_same_recipe
+
+        check_same_recipe(output, loaded)  # before a model is loaded
     with StopOnSignal() as stop, TrainingDisplay(stop) as display:
         result = run_training(loaded, output, resume=resume, listener=display, should_stop=stop)
     if result.stopped:
@@ -76,6 +88,16 @@ def train(
         )
         raise typer.Exit(130)
     _print_outcome(result)
+
+
+def _store_of_run(output: Path | None) -> Path | None:
+    """The store a run began with: ``--resume`` need not name it again."""
+    from tea_rl.training.manifest import run_recipe
+
+    before = run_recipe(output) if output is not None else None
+    data = before.get("data") if before is not None else None
+    found = data.get("store") if isinstance(data, dict) else None
+    return Path(found) if isinstance(found, str) else None
 
 
 class StopOnSignal:
@@ -104,78 +126,41 @@ class StopOnSignal:
         note("stopping: this step is finished and saved first (again to quit at once)")
 
 
-class TrainingDisplay(Listener):
-    """A progress bar with live figures on a terminal, plain lines elsewhere."""
+class TrainingDisplay(WorkDisplay):
+    """Embedding, then steps and evaluations with their figures.
+
+    Args:
+        stop: asked between two batches of an embedding, which it interrupts.
+    """
 
     def __init__(self, stop: Callable[[], bool] = lambda: False) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not is_terminal(),
-        )
+        super().__init__("embedding")
         self.stop = stop
-        self.work: str | None = None
-        self.told = 0.0
-
-    def __enter__(self) -> TrainingDisplay:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.bar.stop()
-
-    def on_note(self, text: str) -> None:
-        self.console.print(text, markup=False)
 
     def on_progress(self, done: int, total: int, unit: str) -> None:
-        if self.stop():  # whole shards are kept: --resume goes on after them
+        if self.stop():  # what is embedded is kept: --resume goes on after it
             raise KeyboardInterrupt
-        now = time.monotonic()
-        if self.work is None:
-            self.work, self.work_before, self.work_start, self.told = "embedding", done, now, now
-            self.task = self.bar.add_task(self.work, total=total, completed=done, figures="")
-            return
-        rate = (done - self.work_before) / max(now - self.work_start, 1e-9)
-        figures = f"{rate:.0f} {unit}/s"
-        self.bar.update(self.task, completed=done, figures=figures)
-        if self.bar.disable and (done >= total or now - self.told >= _LINE_SECONDS):
-            self.told = now
-            left = (total - done) / rate if rate else float("inf")
-            self.on_note(f"{self.work}  {done}/{total} {unit}  {figures}  {left:.0f} s left")
+        super().on_progress(done, total, unit)
 
     def on_start(self, first_step: int, max_steps: int) -> None:
         self.max_steps = max_steps
-        self.seconds: list[float] = []
-        self.step_at = time.monotonic()
-        self.task = self.bar.add_task("training", total=max_steps, completed=first_step - 1, figures="")
+        self.steps_told, self.seconds, self.step_at = 0, 0.0, time.monotonic()
+        self.steps = self.bar.add_task("training", total=max_steps, completed=first_step - 1, figures="")
 
     def on_step(self, row: dict[str, Any]) -> None:
-        figures = _step_figures(row)
-        self.bar.update(self.task, completed=row["step"], figures=figures)
-        if not self.bar.disable:
-            return
         now = time.monotonic()
-        self.seconds.append(row.get("seconds", now - self.step_at))
-        self.step_at = now
+        self.seconds += row.get("seconds", now - self.step_at)
+        self.steps_told, self.step_at = self.steps_told + 1, now
+        left = self.seconds / self.steps_told * (self.max_steps - row["step"])
+        line = f"step {row['step']}/{self.max_steps}  {_step_figures(row)}  {duration(left)} left"
+        self.bar.update(self.steps, completed=row["step"], figures=line)
         # Offline steps are short: not each is worth a line.
-        if "reward" in row or row["step"] == self.max_steps or now - self.told >= _LINE_SECONDS:
-            self.told = now
-            left = sum(self.seconds) / len(self.seconds) * (self.max_steps - row["step"])
-            self.on_note(f"step {row['step']}/{self.max_steps}  {figures}  {left:.0f} s left")
+        self.tell(line, now="reward" in row or row["step"] == self.max_steps)
 
     def on_evaluation(self, row: dict[str, Any]) -> None:
         who = "base model" if row["step"] == 0 else f"step {row['step']}"
         if "eval_loss" in row:
-            shown = [f"{label} {row[key]:.3f}" for label, key, _ in _OFFLINE_FIGURES if key in row]
+            shown = [f"{label} {_figure(row[key])}" for label, key, _ in _OFFLINE_FIGURES if key in row]
             self.on_note(f"held-out, {who}: {', '.join(shown)}")
             return
         self.on_note(
@@ -227,8 +212,13 @@ def _print_figures(base: dict[str, float], best: dict[str, float]) -> None:
     for label, key, base_key in _OFFLINE_FIGURES:
         if key in best:
             before = best[base_key] if base_key else base.get(key, float("nan"))
-            table.add_row(label, f"{before:.3f}", f"{best[key]:.3f}")
+            table.add_row(label, _figure(before), _figure(best[key]))
     Console().print(table)
+
+
+def _figure(value: float) -> str:
+    """A held-out figure; the perplexity of a head that went wrong has hundreds of digits."""
+    return f"{value:.3f}" if abs(value) < 1e6 else f"{value:.3g}"
 
 
 def _plain(text: str):  # noqa: ANN202

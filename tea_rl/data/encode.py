@@ -211,16 +211,21 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return ids[0] if ids and ids[0] in special else None
 
 
-def rendering_digest(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 (hex) over all that decides how a prompt is rendered: template, format, system, chat template, opening."""
-    facts = [
-        config.template,
-        config.format,
-        config.system,
-        getattr(tokenizer, "chat_template", None),
-        _opening(tokenizer),
-    ]
-    return _sha256(facts)
+#: Settings of ``data`` that decide what the tokens of a row are.
+RENDERING_SETTINGS = ("format", "template", "system", "max_length")
+
+
+def rendering_digest(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """All that decides how a row is rendered, as JSON values.
+
+    The recipe's settings (`RENDERING_SETTINGS`) stand there as they are, so that whoever reads states made with them can say
+    which one differs, without the tokenizer; its chat template and opening tokens are a SHA-256 (hex) under ``tokenizer``.
+    """
+    settings: dict[str, Any] = {name: getattr(config, name) for name in RENDERING_SETTINGS}
+    return {
+        **settings,
+        "tokenizer": _sha256([getattr(tokenizer, "chat_template", None), _opening(tokenizer)]),
+    }
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 from tea_rl.data.formats import READERS, Message, read_pair, shown
 from tea_rl.data.records import Record, read_records
-from tea_rl.data.split import row_groups, split_groups, split_rows
+from tea_rl.data.split import SPLIT_COLUMN, row_groups, split_groups, split_rows, split_side
 from tea_rl.data.tables import empty
 from tea_rl.data.tags import UNTAGGED_REWARD, read_tag, unknown_tag
 from tea_rl.errors import TeaError, did_you_mean
@@ -106,9 +106,17 @@ def read_labelled(source: str, kwargs: Mapping[str, Any], columns: Mapping[str, 
 
 
 def scan_labelled(
-    source: str, kwargs: Mapping[str, Any], columns: Mapping[str, str]
+    source: str,
+    kwargs: Mapping[str, Any],
+    columns: Mapping[str, str],
+    source_key: str = "data.dataset",
+    columns_key: str = "data.columns",
 ) -> tuple[LabelledData, list[str]]:
     """`read_labelled` that goes on after a bad row.
+
+    Args:
+        source, kwargs, columns: as there.
+        source_key, columns_key: what gave source and columns, for errors.
 
     Returns:
         The good rows, and one line about each bad row, in order.
@@ -119,11 +127,11 @@ def scan_labelled(
     for name in columns:
         if name not in COLUMNS:
             raise TeaError(
-                f'data.columns: there is no column "{name}".{did_you_mean(name, COLUMNS)} Ours are {", ".join(COLUMNS)}.'
+                f'{columns_key}: there is no column "{name}".{did_you_mean(name, COLUMNS)} Ours are {", ".join(COLUMNS)}.'
             )
-    reader = _Reader(columns)
+    reader = _Reader(columns, columns_key)
     problems: list[str] = []
-    for record in read_records(source, kwargs):
+    for record in read_records(source, kwargs, source_key):
         try:
             reader.add(record)
         except TeaError as error:
@@ -135,16 +143,28 @@ def scan_labelled(
         problems += [f"{place}: {unknown_tag(tag)}" for place, tag in reader.doubtful]
         untagged = sum(row.reward is None for row in rows)
         rows = [replace(row, reward=UNTAGGED_REWARD) if row.reward is None else row for row in rows]
+    problems += _bad_splits(rows)
     return LabelledData(
         "tagged" if reader.tagged else reader.format or "text", rows, source, untagged
     ), problems
 
 
+def _bad_splits(rows: Sequence[LabelledRow]) -> list[str]:
+    """One line about each row whose column ``split`` says nothing known, in data where a row has that column."""
+    problems: dict[str, str] = {}  # both rows of a pair have one place
+    for row in rows if any(SPLIT_COLUMN in row.columns for row in rows) else ():
+        try:
+            split_side(row.columns, row.place)
+        except TeaError as error:
+            problems[row.place] = str(error)
+    return list(problems.values())
+
+
 class _Reader:
     """Turns records into rows, one after another; holds what must be the same in all of them."""
 
-    def __init__(self, columns: Mapping[str, str]) -> None:
-        self.columns = columns
+    def __init__(self, columns: Mapping[str, str], columns_key: str) -> None:
+        self.columns, self.columns_key = columns, columns_key
         self.rows: list[LabelledRow] = []
         self.format: str | None = None
         self.first = ""
@@ -206,7 +226,7 @@ class _Reader:
         for ours, theirs in self.columns.items():
             if theirs not in record.values:
                 hint = did_you_mean(theirs, record.values) or f" It has {', '.join(record.values)}."
-                raise TeaError(f'{record.place}: no column "{theirs}" (data.columns: {ours}).{hint}')
+                raise TeaError(f'{record.place}: no column "{theirs}" ({self.columns_key}: {ours}).{hint}')
         for theirs in self.columns.values():
             values.pop(theirs, None)
         values.update({ours: record.values[theirs] for ours, theirs in self.columns.items()})
@@ -231,7 +251,7 @@ class _Reader:
             return completion, None
         if reward is not None and "<r" not in completion:
             return completion, None  # beside a reward, <1> is just text
-        found = read_tag(completion, place)
+        found = read_tag(completion, place, beside_reward=reward is not None)
         if reward is not None:
             if found.reward is not None:
                 raise TeaError(f"{place}: expected a reward or a tag, got both; remove one.")

@@ -42,11 +42,14 @@ class Record(NamedTuple):
     typed: bool = True
 
 
-def read_records(source: str, kwargs: Mapping[str, Any]) -> Iterator[Record]:
+def read_records(source: str, kwargs: Mapping[str, Any], key: str = _KEY) -> Iterator[Record]:
     """Rows of a ``.txt``, ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file, a ``datasets`` folder or Hub id, or a
     shipped dataset (``tea_rl/NAME``).
 
     JSON and CSV are read here rather than through ``datasets``, which neither knows lines nor rows of different shapes.
+
+    Args:
+        key: what gave the source, for errors.
 
     Raises:
         TeaError: if the source as a whole cannot be read.
@@ -56,10 +59,10 @@ def read_records(source: str, kwargs: Mapping[str, Any]) -> Iterator[Record]:
     path = Path(source)
     kind = path.suffix.lower()
     if kind != ".txt" and kind not in FILE_READERS:
-        yield from _table_records(open_dataset(source, kwargs, _KEY, "dataset"), source)
+        yield from _table_records(open_dataset(source, kwargs, key, "row"), source)
         return
     refuse_kwargs(kwargs, "a file")
-    check_file(path, _KEY, "dataset")
+    check_file(path, key, "row")
     if kind == ".txt":
         for number, line in read_lines(path):
             # White space around a line is a slip of the editor that would change its tokens.
@@ -71,7 +74,7 @@ def read_records(source: str, kwargs: Mapping[str, Any]) -> Iterator[Record]:
     elif kind == ".csv":
         yield from _csv_records(path)
     else:
-        yield from _table_records(open_table(path, "dataset"), source)
+        yield from _table_records(open_table(path, "row"), source)
 
 
 def _jsonl_records(path: Path) -> Iterator[Record]:

@@ -1,16 +1,39 @@
-"""Which rows are held out: by distinct prompt, so that no question is on both sides."""
+"""Which rows are held out: those a column ``split`` says, or some drawn by distinct prompt, so that no question is on both
+sides."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from tea_rl.errors import TeaError
 
 if TYPE_CHECKING:
     from tea_rl.data.labelled import LabelledRow
+
+
+#: A column of the data that says itself which rows are held out.
+SPLIT_COLUMN = "split"
+_SIDES = {"train": 0, "test": 1, "eval": 1, "validation": 1, "held_out": 1}
+
+
+def split_side(columns: Mapping[str, Any], place: str) -> int:
+    """0 for a row to train on and 1 for a held-out one, as its column ``split`` says.
+
+    Raises:
+        TeaError: naming ``place``, if it says something else or nothing.
+    """
+    value = columns.get(SPLIT_COLUMN)
+    side = _SIDES.get(value) if isinstance(value, str) else None
+    if side is None:
+        got = f"{value!r:.60}" if value is not None else "nothing"
+        raise TeaError(
+            f'{place}: column "{SPLIT_COLUMN}" must be one of {", ".join(_SIDES)} in every row, got {got}; mend it or rename '
+            "the column"
+        )
+    return side
 
 
 def row_groups(rows: Sequence[LabelledRow]) -> list[int]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from tea_rl.data.encode import encode_rows
 from tea_rl.data.labelled import LabelledData
-from tea_rl.data.split import row_groups
+from tea_rl.data.split import SPLIT_COLUMN, row_groups
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,6 +68,7 @@ class DataSummary:
     pairs: int
     labels: dict[str, int]
     untagged: int
+    splits: dict[str, int]
     rewards: Rewards | None
     lengths: Lengths | None = None
     warnings: list[str] = field(default_factory=list)
@@ -86,6 +87,11 @@ def summarise(data: LabelledData) -> DataSummary:
         pairs=len({row.pair for row in rows if row.pair is not None}),
         labels=dict(sorted(labels.items(), reverse=True)),
         untagged=data.untagged,
+        splits=dict(
+            sorted(
+                Counter(str(row.columns[SPLIT_COLUMN]) for row in rows if SPLIT_COLUMN in row.columns).items()
+            )
+        ),
         rewards=describe_rewards(rewards) if rewards else None,
     )
     if summary.rewards is not None and summary.rewards.distinct == 1:

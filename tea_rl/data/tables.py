@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +38,7 @@ def check_file(path: Path, key: str, what: str) -> None:
     if not path.is_file():
         nearby = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
         raise TeaError(
-            f"the {what} file {path} does not exist; check {key}.{did_you_mean(path.name, nearby)}"
+            f"the file of {what}s {path} does not exist; check {key}.{did_you_mean(path.name, nearby)}"
         )
     try:
         if path.stat().st_size == 0:
@@ -89,12 +90,16 @@ def quiet_datasets() -> Iterator[Any]:
     import datasets
 
     shown, verbosity = datasets.utils.is_progress_bar_enabled(), datasets.logging.get_verbosity()
+    hub = logging.getLogger("huggingface_hub")  # warns of folders without a dataset card
+    hub_level = hub.level
+    hub.setLevel(logging.CRITICAL)
     datasets.utils.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         yield datasets
     finally:
         datasets.logging.set_verbosity(verbosity)
+        hub.setLevel(hub_level)
         if shown:
             datasets.utils.enable_progress_bars()
 
@@ -134,6 +139,8 @@ def parse_json_line(line: str) -> dict[str, Any] | str:
     """The object of a JSONL line, or what is wrong with it."""
     try:
         value = json.loads(line)
+    except json.JSONDecodeError as bad_json:  # its own "line 1" would be taken for the file's
+        return f"expected a JSON object, got invalid JSON ({bad_json.msg} at column {bad_json.colno}); mend the line."
     except (ValueError, RecursionError) as bad_json:
         return f"expected a JSON object, got invalid JSON ({bad_json}); mend the line."
     if not isinstance(value, dict):
@@ -199,17 +206,37 @@ def open_dataset(source: str, kwargs: Mapping[str, Any], key: str, what: str) ->
         except TeaError:
             raise
         except Exception as error:
-            reason = " ".join(str(error).split())[:200].rstrip(".")
-            where = f"a {what} file, a datasets folder or a Hub dataset that can be reached"
-            expected = "a folder of data files" if local else where
+            if local:
+                raise TeaError(_bad_folder(path, error, key, what)) from error
             raise TeaError(
-                f'{key}: expected {expected}, got "{source}" ({type(error).__name__}: {reason}).'
+                f"{key}: expected a file of {what}s, a datasets folder or a Hub dataset that can be reached, got "
+                f'"{source}" ({root_cause(error)}); check the path or the id.'
             ) from error
+
+
+def _bad_folder(path: Path, error: BaseException, key: str, what: str) -> str:
+    """Say what is wrong with a folder in our own words: those of ``datasets`` are about its builders."""
+    found = sorted(file for file in path.iterdir() if file.suffix.lower() in FILE_READERS and file.is_file())
+    kinds = {file.suffix.lower() for file in found}
+    if len(kinds) == 1:
+        for file in found:
+            try:
+                open_table(file, what)
+            except TeaError as bad:
+                return str(bad)
+        return f"{key}: the files in the folder {path} cannot be read together: {root_cause(error)}; name one of them."
+    names = ", ".join(file.name for file in found[:4]) + (", ..." if found[4:] else "")
+    got = f"with files of several kinds ({names}); name one of them" if found else "without any; name a file"
+    return (
+        f"{key}: expected a folder with data files of one kind ({', '.join(FILE_READERS)}), got {path} {got}."
+    )
 
 
 def _refuse_other_files(source: str, key: str) -> None:
     """Answer files of other kinds and missing paths here: ``datasets`` would ask the Hub about them."""
     path = Path(source)
+    if not source.strip():
+        raise TeaError(f"{key}: expected the name of a file, folder or dataset, got blank text; name one.")
     if path.exists() and not path.is_dir():
         endings = ", ".join([".txt", *FILE_READERS])
         raise TeaError(f"{key}: expected a file ending in {endings}, got {source}; rename or convert it.")

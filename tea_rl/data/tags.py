@@ -14,6 +14,9 @@ from tea_rl.errors import TeaError
 TAG_REWARDS = (-2.0, -1.0, -0.5, 0.5, 1.0, 2.0)
 UNTAGGED_REWARD = 1.0
 _TAG = re.compile(r"<(r?)([+-]?\d+(?:\.\d+)?)>")
+#: What people write who mean a tag and know no better: with a number (``<r=2>``, ``<r+>``), or not (``<rgood>``, ``<R2>``).
+_NUMBERLIKE = re.compile(r"<r\s*(?:[-+=:_.\s]*\d[^<>\s,]{0,8}|[-+=:_.]{1,3})\s*/?>")
+_WORDLIKE = re.compile(r"<r[-+=:_.]?\w*\s*/?>", re.IGNORECASE)
 _CHOICE = ", ".join(f"<r{reward:g}>" for reward in TAG_REWARDS)
 
 
@@ -23,7 +26,7 @@ class Tagged(NamedTuple):
     Attributes:
         text: what is left.
         reward: what the tag says; None without one.
-        doubtful: something like ``<3>``: an unknown tag if the rest of the file is tagged, else text.
+        doubtful: something like ``<3>`` or ``<region>``: an unknown tag if the rest of the file is tagged, else text.
     """
 
     text: str
@@ -36,11 +39,16 @@ def unknown_tag(tag: str) -> str:
     return f"unknown tag {tag}; choose one of {_CHOICE}."
 
 
-def read_tag(text: str, place: str) -> Tagged:
+def read_tag(text: str, place: str, beside_reward: bool = False) -> Tagged:
     """Find the tag of a completion, with or without the ``r``, and take it out.
 
     White space between the text and a tag at its end goes with the tag; a space before the text stays, for it is part of
-    how the text continues its prompt.
+    how the text continues its prompt. ``<rgood>`` at an end of the completion is taken for a tag that there is not, and so is
+    anything like ``<r=2>``; a word in angle brackets elsewhere, or one that ``</rgood>`` closes, is text.
+
+    Args:
+        place: file and line, for errors.
+        beside_reward: the row has a reward of its own, so that only a plain tag is looked for.
 
     Raises:
         TeaError: naming ``place``, for an unknown tag or two tags that disagree.
@@ -58,6 +66,8 @@ def read_tag(text: str, place: str) -> Tagged:
             raise TeaError(f"{place}: {unknown_tag(match[0])}")
         else:
             doubtful = match[0]
+    if not beside_reward:
+        doubtful = _slip(text, place) or doubtful
     if not found:
         return Tagged(text, None, doubtful)
     if len(found) > 1:
@@ -69,3 +79,19 @@ def read_tag(text: str, place: str) -> Tagged:
     left = re.sub(r"\s*\0\s*$", "", left)
     left = re.sub(r"\s\0(?=\s)", "", left)  # of the white space on both sides of a tag, one is enough
     return Tagged(left.replace("\0", ""), reward, doubtful)
+
+
+def _slip(text: str, place: str) -> str | None:
+    """Something that may be meant as a tag: what can hardly be anything else raises, the first of the rest is returned."""
+    for match in _NUMBERLIKE.finditer(text):
+        if not _TAG.fullmatch(match[0]):
+            raise TeaError(f"{place}: {unknown_tag(match[0])}")
+    doubtful = None
+    bare = text.strip()
+    for match in _WORDLIKE.finditer(text):
+        if _TAG.fullmatch(match[0]) or f"</{match[0][1:]}".lower() in text.lower():
+            continue  # an element of a markup language
+        if bare.startswith(match[0]) or bare.endswith(match[0]):
+            raise TeaError(f"{place}: {unknown_tag(match[0])} If it is no tag, take other brackets.")
+        doubtful = doubtful or match[0]
+    return doubtful

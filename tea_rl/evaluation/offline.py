@@ -37,7 +37,8 @@ class RowFigures:
     Attributes:
         tokens: how many.
         logps, base_logps: log-probability under head and original model (nats).
-        hits, base_hits: tokens that were the likeliest ones.
+        hits, base_hits: tokens that were the likeliest ones of the whole vocabulary.
+        gains: ``logps - base_logps``, both computed from the same logits, so that it is exactly 0 where the head changes nothing.
         kl: exact KL(head || original model) at each token.
         rewards: NaN for none.
         verdicts: 1 good, 0 bad, -1 nobody said.
@@ -50,6 +51,7 @@ class RowFigures:
     hits: np.ndarray
     base_hits: np.ndarray
     kl: np.ndarray
+    gains: np.ndarray
     rewards: np.ndarray
     verdicts: np.ndarray
     pairs: np.ndarray
@@ -70,7 +72,7 @@ class RowFigures:
 @torch.no_grad()
 def row_figures(heads: Sequence[TeaHead], store: StateStore, rows: np.ndarray) -> list[RowFigures]:
     """Figures of several heads on rows of a store, which is read once."""
-    names = ("logps", "hits", "kl")
+    names = ("logps", "hits", "kl", "gains")
     sums = [{name: np.zeros(len(rows)) for name in names} for _ in heads]
     base = {name: np.zeros(len(rows)) for name in ("logps", "hits")}
     for start, chunk in _chunks(store, rows):
@@ -116,7 +118,8 @@ def _row_sums(values: torch.Tensor, batch: TokenBatch, count: int) -> np.ndarray
 def _token_figures(
     heads: Sequence[TeaHead], batch: TokenBatch, temperature: float
 ) -> list[tuple[torch.Tensor, ...]]:
-    """For each head: log-probability, whether the action is the likeliest token, and KL, ``(N,)`` each."""
+    """For each head: log-probability, whether the action is the likeliest token, KL, and gain over the original model, ``(N,)``
+    each."""
     assert batch.shortlist is not None
     listed = [head for head in heads if not head.full_vocabulary]
     corrections = iter(shared_corrections(listed, batch.states, batch.shortlist.ids) if listed else [])
@@ -135,10 +138,32 @@ def _listed_figures(
     base = batch.shortlist.slot_logits()
     logits = base + (head.strength / temperature) * torch.cat([delta, shift.unsqueeze(1)], dim=1)
     logps, base_logps = logits.log_softmax(dim=-1), base.log_softmax(dim=-1)
-    # No token of the tail is the likeliest one: together they may be, but the original model ranks each below the list.
-    hits = logits[:, :-1].argmax(dim=1) == batch.slots
+    hits = _listed_hits(head, batch, temperature, logits, shift)
     kl = divergence("reverse_kl", logits, base, logps, base_logps)
-    return action_logps(logps, batch.slots, batch.within_tail_logps), hits, kl
+    own, before = (action_logps(found, batch.slots, batch.within_tail_logps) for found in (logps, base_logps))
+    return own, hits, kl, own - before
+
+
+def _listed_hits(
+    head: TeaHead, batch: TokenBatch, temperature: float, logits: torch.Tensor, shift: torch.Tensor
+) -> torch.Tensor:
+    """Whether the action is the likeliest token of the whole vocabulary, ``(N,)``.
+
+    The tail moves as one, and the original model ranks each of its tokens at most as high as the last of the list: only where
+    that bound passes the best listed token can one of the tail be the likeliest, and only there it is looked for.
+    """
+    assert batch.shortlist is not None
+    moved = (head.strength / temperature) * shift
+    best, slots = logits[:, :-1].max(dim=1)
+    hits = slots == batch.slots
+    doubtful = (batch.shortlist.logits.min(dim=1).values + moved >= best).nonzero().squeeze(1)
+    for part in doubtful.split(_FULL_TOKENS):
+        reference = head.reference_logits(batch.states[part], temperature)
+        reference.scatter_(1, batch.shortlist.ids[part], -math.inf)
+        highest, tokens = reference.max(dim=1)
+        from_tail = highest + moved[part] > best[part]
+        hits[part] = torch.where(from_tail, tokens == batch.actions[part], hits[part])
+    return hits
 
 
 def _full_figures(head: TeaHead, batch: TokenBatch, temperature: float) -> tuple[torch.Tensor, ...]:
@@ -151,7 +176,8 @@ def _full_figures(head: TeaHead, batch: TokenBatch, temperature: float) -> tuple
         logps, base_logps = logits.log_softmax(dim=-1), base.log_softmax(dim=-1)
         kl = divergence("reverse_kl", logits, base, logps, base_logps)
         own = logps.gather(1, actions.unsqueeze(1)).squeeze(1)
-        parts.append((own, logits.argmax(dim=1) == actions, kl))
+        before = base_logps.gather(1, actions.unsqueeze(1)).squeeze(1)
+        parts.append((own, logits.argmax(dim=1) == actions, kl, own - before))
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
@@ -160,10 +186,10 @@ def offline_metrics(figures: RowFigures) -> dict[str, float]:
 
     Returns:
         ``eval_loss``, ``eval_base_loss`` (cross-entropy, nats a token), ``eval_perplexity``, ``eval_accuracy``,
-        ``eval_base_accuracy`` (share of tokens that are the likeliest ones), ``eval_row_accuracy`` (share of rows all of whose
+        ``eval_base_accuracy`` (share of tokens that are the likeliest ones of the whole vocabulary), ``eval_row_accuracy`` (share of rows all of whose
         tokens are), all over rows that are not marked as bad (label false, rejected, a reward below 0), unless all are;
         ``eval_kl`` (exact, nats a token); where rewards differ, ``eval_reward_correlation`` (Spearman, between a row's
-        reward and its gain in log-probability over the original model, mean over tokens); where there are pairs,
+        reward and its gain in log-probability over the original model, mean over tokens; 0 where no row gains); where there are pairs,
         ``eval_pair_accuracy`` (share whose chosen completion gained more than the rejected one, ties count half),
         ``eval_pair_accuracy_logp`` and ``eval_base_pair_accuracy`` (the same by log-probability itself).
     """
@@ -182,12 +208,10 @@ def offline_metrics(figures: RowFigures) -> dict[str, float]:
     }
     rated = figures.take(~np.isnan(figures.rewards))
     if len(rated.rewards) > 1 and rated.rewards.min() < rated.rewards.max():
-        gains = (rated.logps - rated.base_logps) / rated.tokens
-        metrics["eval_reward_correlation"] = spearman(rated.rewards, gains)
+        metrics["eval_reward_correlation"] = spearman(rated.rewards, rated.gains / rated.tokens)
     chosen, rejected = figures.paired()
     if len(chosen):
-        gains = figures.logps - figures.base_logps
-        metrics["eval_pair_accuracy"] = _wins(gains[chosen], gains[rejected])
+        metrics["eval_pair_accuracy"] = _wins(figures.gains[chosen], figures.gains[rejected])
         metrics["eval_pair_accuracy_logp"] = _wins(figures.logps[chosen], figures.logps[rejected])
         metrics["eval_base_pair_accuracy"] = _wins(figures.base_logps[chosen], figures.base_logps[rejected])
     return metrics

@@ -38,7 +38,7 @@ def load_head_for(store: StateStore, folder: str | Path) -> TeaHead:
     if head_config.context.model_dump() != store.keys["context"]:
         raise TeaError(
             f"the head in {folder} reads head.context {head_config.context.model_dump()}, but the states in {store.path} were "
-            f"made with {store.keys['context']}; embed again with the head's context"
+            f"made with {store.keys['context']}; take another head, or make another store with the head's context"
         )
     head = store.make_head(head_config)
     load_weights(head, Path(folder) / WEIGHTS_NAME)

@@ -21,8 +21,10 @@ from tea_rl.recipe import Recipe
 from tea_rl.rewards import RewardBatch, load_rewards
 from tea_rl.states.keys import store_keys
 from tea_rl.states.labelling import TokenLabeller
+from tea_rl.states.manifest import StoreHeader
+from tea_rl.states.rows import StoredRow
 from tea_rl.states.store import StateStore
-from tea_rl.states.writer import SHARD_TOKENS, StoredRow, StoreHeader, StoreWriter
+from tea_rl.states.writer import SHARD_TOKENS, StoreWriter
 from tea_rl.training.progress import Listener
 from tea_rl.training.seeding import seed_step
 
@@ -43,8 +45,9 @@ def embed(
 ) -> StateStore:
     """Run the backbone over a recipe's dataset and keep the states that predict completion tokens.
 
-    Killed at any moment and called again, it goes on after the last whole shard and ends with the same bytes. Called again
-    when it is done, it only opens the store. Rewards named in the recipe replace those of the data.
+    Killed at any moment and called again, it goes on after what was on disk, at most about half a minute of work earlier,
+    and ends with the same bytes. Called again when it is done, it mends what is damaged, or only opens the store; rewards
+    that `relabel` put in force stay. Rewards named in the recipe replace those of the data.
 
     Args:
         recipe: gives data, model, temperature, context and shortlist size.
@@ -83,7 +86,7 @@ def embed(
         else:
             _write_batches(writer, backbone, recipe, encoded, rows, batches, listener)
             writer.finish({"rows": report.rows, "truncated": report.truncated, "dropped": report.dropped})
-    # The writer has compared or computed every digest.
+    # The writer has compared or computed every digest; reading compares those of the files that are read once more.
     return StateStore.open(output, verify=False)
 
 
@@ -160,12 +163,12 @@ def _write_batches(
     batches: Sequence[Sequence[int]],
     listener: Listener,
 ) -> None:
-    """Embed every batch that is not in a whole shard yet."""
+    """Embed every batch that is not on disk yet."""
     labeller = TokenLabeller.for_backbone(
         backbone, writer.manifest.header.shortlist_size, recipe.rollout.temperature
     )
     total = sum(len(row.completion_ids) for row in encoded)
-    # Shards end where batches end: the batches to come are then the same ones, padding included, that an uninterrupted
+    # What is on disk ends where a batch ends: the batches to come are then the same ones, padding included, that an uninterrupted
     # run would compute, and so are their last bits.
     ends = np.cumsum([0, *map(len, batches)])
     first = int(np.searchsorted(ends, writer.num_rows))

@@ -1,4 +1,8 @@
-"""New rewards for stored completions: reward functions read the stored texts, the backbone is not needed."""
+"""New rewards for stored completions: reward functions read the stored texts, the backbone is not needed.
+
+Mending a damaged store (`embed` or `write_rollouts` again) keeps them, since it brings back the same rows in the same order.
+Should the rewards themselves be damaged, nothing puts older ones in force: the store is refused until it is relabelled.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
@@ -16,8 +21,10 @@ from tea_rl.states.manifest import LOCK_NAME, Manifest
 from tea_rl.states.reward_file import remove_old_rewards, term_array, write_rewards
 from tea_rl.states.store import StateStore
 from tea_rl.training.checkpoint import replace_directory
-from tea_rl.training.files import disk_errors
-from tea_rl.training.run_directory import _take_lock
+from tea_rl.training.files import disk_errors, drop_lock, take_lock
+
+#: Rewards, their terms, and the names and weights of the functions they are from.
+_Labels: TypeAlias = tuple[np.ndarray, dict[str, np.ndarray], list[str]]
 
 
 def relabel(
@@ -39,15 +46,15 @@ def relabel(
         the store with the new rewards.
 
     Raises:
-        TeaError: for a damaged store, a reward that cannot be loaded or fails, or a full disk; nothing has changed then.
+        TeaError: for damaged texts, a reward that cannot be loaded or fails, or a full disk; nothing has changed then.
     """
-    # Only texts are read: digests of the states are compared when somebody trains on them.
-    store = StateStore.open(store_path, verify=False)
-    total, terms = rescore(store, rewards, base_dir)
+    # Texts are read and checked; the states are when somebody trains on them. Rewards that are damaged are replaced.
+    store = StateStore.open(store_path, verify=False, rewards=False)
+    labels = (*rescore(store, rewards, base_dir), [f"{spec.name}={spec.weight:g}" for spec in rewards])
     if output is None:
-        _replace_rewards(store.path, total, terms)
+        _replace_rewards(store, labels)
         return StateStore.open(store.path, verify=False)
-    _write_copy(store, Path(output), total, terms)
+    _write_copy(store, Path(output), labels)
     return StateStore.open(output, verify=False)
 
 
@@ -70,22 +77,25 @@ def rescore(
     return term_array(list(batch.total)), {name: term_array(values) for name, values in batch.terms.items()}
 
 
-def _replace_rewards(path: Path, total: np.ndarray, terms: dict[str, np.ndarray]) -> None:
+def _replace_rewards(store: StateStore, labels: _Labels) -> None:
+    path = store.path
     with disk_errors(f"write the rewards of {path}", "relabel again"):
-        lock = _take_lock(path / LOCK_NAME)
+        lock = take_lock(path / LOCK_NAME)
         try:
             manifest = Manifest.read(path)
-            write_rewards(path, manifest, total, terms)
+            if not manifest.complete or manifest.shards != store.manifest.shards:
+                raise TeaError(f"the store {path} was written to in the meantime; relabel it again")
+            write_rewards(path, manifest, *labels)
             manifest.write(path)
             remove_old_rewards(path, manifest)
         finally:
-            os.close(lock)
+            drop_lock(path / LOCK_NAME, lock)
 
 
-def _write_copy(store: StateStore, output: Path, total: np.ndarray, terms: dict[str, np.ndarray]) -> None:
+def _write_copy(store: StateStore, output: Path, labels: _Labels) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise TeaError(
-            f"expected a new or empty folder for the relabelled store, but {output} is in use; choose another"
+            f"expected a new or empty folder for the relabelled store, but {output} is in use; choose another with --output"
         )
     manifest = Manifest.read(store.path)
     shared = [file for file in manifest.files if file != manifest.rewards]
@@ -98,7 +108,7 @@ def _write_copy(store: StateStore, output: Path, total: np.ndarray, terms: dict[
                     os.link(store.path / file, folder / file)
                 except OSError:  # another disk, or one without links
                     shutil.copyfile(store.path / file, folder / file)
-            write_rewards(folder, manifest, total, terms)
+            write_rewards(folder, manifest, *labels)
             manifest.write(folder)
 
     replace_directory(output, write)

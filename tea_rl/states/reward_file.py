@@ -21,9 +21,15 @@ _TERM = "terms/"
 
 
 def write_rewards(
-    folder: Path, manifest: Manifest, rewards: np.ndarray, terms: dict[str, np.ndarray]
+    folder: Path,
+    manifest: Manifest,
+    rewards: np.ndarray,
+    terms: dict[str, np.ndarray],
+    relabelled: list[str] | None = None,
 ) -> None:
     """Write rewards and terms (``(rows,)`` float32 each, NaN for none) and enter them in ``manifest``.
+
+    ``relabelled`` names the reward functions they are from; None says that they are those the rows were written with.
 
     The caller writes the manifest; call `remove_old_rewards` after that.
 
@@ -37,7 +43,7 @@ def write_rewards(
     if manifest.rewards is not None:
         manifest.files.pop(manifest.rewards, None)
     manifest.files[name] = {"bytes": len(data), "sha256": digest}
-    manifest.rewards = name
+    manifest.rewards, manifest.relabelled = name, relabelled
 
 
 def remove_old_rewards(folder: Path, manifest: Manifest) -> None:

@@ -21,8 +21,9 @@ from tea_rl.rollout import Rollout, generate
 from tea_rl.rollout.trajectory import TokenBatch
 from tea_rl.states.embed import make_header
 from tea_rl.states.labelling import TokenLabeller
+from tea_rl.states.rows import StoredRow
 from tea_rl.states.store import StateStore
-from tea_rl.states.writer import SHARD_TOKENS, StoredRow, StoreWriter
+from tea_rl.states.writer import SHARD_TOKENS, StoreWriter
 from tea_rl.training.progress import Listener
 from tea_rl.training.seeding import prompts_of_step, seed_step
 
@@ -40,7 +41,8 @@ def write_rollouts(
     """Generate and score completions of a recipe's training prompts, as its online run would, and store them.
 
     Step ``s`` has the prompts and the random numbers of step ``s`` in training; the policy stays the same throughout.
-    Killed and called again, it goes on after the last whole shard and ends with the same bytes.
+    Killed and called again, it goes on after what was on disk, at most about half a minute of work earlier, and ends with
+    the same bytes; a damaged store is mended in the same way, and rewards that `relabel` put in force stay.
 
     Args:
         recipe: an online recipe: prompts, rewards and rollout settings.
@@ -79,11 +81,13 @@ def write_rollouts(
     labeller = TokenLabeller.for_backbone(backbone, header.shortlist_size, header.temperature)
     with StoreWriter.create_or_continue(output, header, backbone.reference, shard_tokens) as writer:
         done, total = writer.num_rows // rows_per_step, steps * rows_per_step
-        if writer.num_rows > total or (writer.complete and writer.num_rows != total):
-            what = "a complete store" if writer.complete else "the beginning"
-            advice = f"give --steps {done}" if writer.complete else f"give --steps {done} or more"
+        was = writer.final_rows
+        if writer.num_rows > total or was not in (None, total):
+            there = (writer.num_rows if was is None else was) // rows_per_step
+            what = "the beginning" if was is None else "a complete store"
+            advice = f"give --steps {there}" + (" or more" if was is None else "")
             raise TeaError(
-                f"{output} holds {what} of {done} steps, got {steps}; {advice}, or choose another folder with --output"
+                f"{output} holds {what} of {there} steps, got {steps}; {advice}, or choose another folder with --output"
             )
         if writer.complete:
             listener.on_note(f"{output} is complete already")

@@ -16,11 +16,10 @@ from tea_rl.head.config import HeadConfig
 from tea_rl.head.layer import TeaHead
 from tea_rl.head.policy import Shortlist
 from tea_rl.rollout.trajectory import TokenBatch
-from tea_rl.states.manifest import REFERENCE_NAME, Manifest
+from tea_rl.states.manifest import MANIFEST_NAME, REFERENCE_NAME, Manifest, file_damage
 from tea_rl.states.reward_file import read_rewards, term_value
-from tea_rl.states.tensor_file import TensorFile, to_torch
-
-_ROW_ARRAYS = ("label", "pair", "chosen", "group", "finished", "source_row")
+from tea_rl.states.rows import ROW_ARRAYS, rows_digest
+from tea_rl.states.tensor_file import ShardFiles, TensorFile, to_torch
 
 
 class StateStore:
@@ -50,37 +49,55 @@ class StateStore:
         source_rows: position of each row in the data it comes from, int64.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: Manifest, verified: bool, rewards: bool) -> None:
         self.path, self.manifest = path, manifest
+        self._unchecked = {} if verified else manifest.entries()
         header = manifest.header
         self.keys, self.kind = header.keys, header.kind
         self.width, self.hidden_size, self.vocab_size = header.width, header.hidden_size, header.vocab_size
         self.shortlist_size, self.temperature = header.shortlist_size, header.temperature
         self.logit_scale = header.logit_scale
-        self._files = [TensorFile(path / f"{shard['name']}.safetensors") for shard in manifest.shards]
+        self._files = ShardFiles(path, [f"{shard['name']}.safetensors" for shard in manifest.shards])
         self._shard_rows = np.cumsum([0, *(shard["rows"] for shard in manifest.shards)])
         self._shard_tokens = np.cumsum([0, *(shard["tokens"] for shard in manifest.shards)])
-        starts = zip(self._files, self._shard_tokens[:-1], strict=True)
-        ends = [file["token_offsets"][1:] + start for file, start in starts]
+        rows = self._read_row_arrays()
+        ends = [
+            part[1:] + start
+            for part, start in zip(rows["token_offsets"], self._shard_tokens[:-1], strict=True)
+        ]
         self.offsets = np.concatenate([np.zeros(1, np.int64), *ends])
         self.lengths = np.diff(self.offsets)
-        rows = {name: np.concatenate([file[name] for file in self._files]) for name in _ROW_ARRAYS}
-        self.labels, self.pairs, self.chosen = rows["label"], rows["pair"], rows["chosen"]
-        self.groups, self.finished, self.source_rows = rows["group"], rows["finished"], rows["source_row"]
-        self.rewards, self.terms = read_rewards(path, manifest)
+        arrays = {name: np.concatenate(parts) for name, parts in rows.items() if name != "token_offsets"}
+        self.labels, self.pairs, self.chosen = arrays["label"], arrays["pair"], arrays["chosen"]
+        self.groups, self.finished, self.source_rows = (
+            arrays["group"],
+            arrays["finished"],
+            arrays["source_row"],
+        )
+        self.rewards = np.full(len(self), np.nan, np.float32)
+        self.terms: dict[str, np.ndarray] = {}
+        if rewards:
+            assert manifest.rewards is not None  # a complete store has them
+            self._check(manifest.rewards)
+            self.rewards, self.terms = read_rewards(path, manifest)
+            if any(len(values) != len(self) for values in (self.rewards, *self.terms.values())):
+                raise ValueError(f"{manifest.rewards} and {MANIFEST_NAME} do not belong together")
         self._lines: dict[int, np.ndarray] = {}
         self.release()
 
     @classmethod
-    def open(cls, path: str | Path, verify: bool = True) -> StateStore:
+    def open(cls, path: str | Path, verify: bool = True, rewards: bool = True) -> StateStore:
         """Open a complete store.
 
         Args:
             path: its folder.
-            verify: read every byte once and compare digests; off, only sizes are compared.
+            verify: read every byte once and compare all digests now; off, now only sizes and what is read at once, and the
+                digest of every other file when it is first read.
+            rewards: off, rewards are not read (nor missed), and are all NaN.
 
         Raises:
-            TeaError: if there is none, it is not complete, or a part of it is damaged (named).
+            TeaError: if there is none, it is not complete, or a part of it is damaged (named); with ``verify`` off, other
+                methods raise it as well.
         """
         path = Path(path)
         manifest = Manifest.read(path)
@@ -89,15 +106,60 @@ class StateStore:
                 f"the store {path} is not complete ({manifest.num_rows} rows so far); run the command that began it again, "
                 "it continues"
             )
-        damaged = next(manifest.damage(path, digests=verify), None)
-        if damaged is not None:
-            again = "run the tea-rl embed or tea-rl rollout that made it again, which mends it"
-            raise TeaError(f"the store {path} is damaged in {damaged[0]}: {damaged[1]}; {again}")
         try:
-            return cls(path, manifest)
-        except (OSError, ValueError, KeyError, AssertionError) as error:
+            for name, wrong in manifest.damage(path, digests=verify):
+                if rewards or name != manifest.rewards:
+                    raise manifest.damage_error(path, name, wrong)
+            return cls(path, manifest, verify, rewards)
+        except (TeaError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            if Manifest.read(path) != manifest:  # relabelled between two reads: the old rewards are gone
+                return cls.open(path, verify, rewards)
+            if isinstance(error, TeaError):
+                raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise TeaError(f"the store {path} cannot be read ({reason}); make it again") from error
+            raise TeaError(
+                f"the store {path} cannot be read ({reason}); remove it with rm -r {path} and make it again"
+            ) from error
+
+    def _read_row_arrays(self) -> dict[str, list[np.ndarray]]:
+        """Row arrays of every shard, in memory, compared with their own digest."""
+        rows: dict[str, list[np.ndarray]] = {name: [] for name in ROW_ARRAYS}
+        for number, shard in enumerate(self.manifest.shards):
+            name = self._files.names[number]
+            try:
+                file = self._files[number]
+                some = {array: [np.array(file[array])] for array in ROW_ARRAYS}
+            except (ValueError, KeyError, TypeError, AttributeError):
+                self._check(name)  # says what is wrong, if it was damaged on disk
+                raise
+            (offsets,), (labels,) = some["token_offsets"], some["label"]
+            counted = (len(labels), int(offsets[-1])) == (shard["rows"], shard["tokens"])
+            fits = file["states"].shape == (shard["tokens"], self.width)
+            fits = fits and file["shortlist_ids"].shape == (shard["tokens"], self.shortlist_size)
+            if rows_digest(some) != shard["rows_sha256"] or not counted or not fits:
+                self._check(name)
+                raise ValueError(f"{name} and {MANIFEST_NAME} do not belong together")
+            for array in ROW_ARRAYS:
+                rows[array] += some[array]
+        return rows
+
+    def _check(self, file: str) -> None:
+        """Compare a file's digest before it is first read.
+
+        Raises:
+            TeaError: if it is damaged.
+        """
+        if file in self._unchecked:
+            wrong = file_damage(self.path / file, self._unchecked[file])
+            if wrong is not None:
+                name = file if file in self.manifest.files else Path(file).stem
+                raise self.manifest.damage_error(self.path, name, wrong)
+            del self._unchecked[file]
+
+    def _shard(self, number: int) -> TensorFile:
+        """A shard's arrays, after `_check`."""
+        self._check(self._files.names[number])
+        return self._files[number]
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -110,7 +172,7 @@ class StateStore:
     @property
     def dtype(self) -> torch.dtype:
         """Number format of the states, the backbone's."""
-        return to_torch(self._files[0]["states"][:0].copy()).dtype
+        return to_torch(self._shard(0)["states"][:0].copy()).dtype
 
     def token_index(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """Global indices of all tokens of the rows, in their order, int64."""
@@ -182,15 +244,16 @@ class StateStore:
             raise IndexError(f"token indices run from 0 to {self.num_tokens - 1}")
         out = {}
         for name in names:
-            like = self._files[0][name]
+            like = self._shard(0)[name]
             out[name] = np.empty((len(index), *like.shape[1:]), like.dtype)
-        for shard in np.unique(shard_of):
+        for shard in np.unique(shard_of).tolist():
             where = np.flatnonzero(shard_of == shard)
-            self._files[shard].gather(index[where] - self._shard_tokens[shard], where, out)
+            self._shard(shard).gather(index[where] - self._shard_tokens[shard], where, out)
         return {name: to_torch(array) for name, array in out.items()}
 
     def reference(self) -> nn.Linear:
         """The backbone's output layer, frozen."""
+        self._check(REFERENCE_NAME)
         file = TensorFile(self.path / REFERENCE_NAME)
         weight = to_torch(np.array(file["weight"]))
         layer = nn.Linear(1, 1, bias=False, device="meta")
@@ -211,7 +274,7 @@ class StateStore:
     def text(self, row: int) -> dict[str, Any]:
         """``prompt``, ``completion``, ``place``, ``columns`` and ``terms`` of a row."""
         shard, local = self._row_place(row)
-        path = self.path / f"{self.manifest.shards[shard]['name']}.jsonl"
+        path = self._text_file(shard)
         with open(path, "rb") as file:
             if shard not in self._lines:
                 self._lines[shard] = np.cumsum([0, *(len(line) for line in file)])
@@ -222,8 +285,8 @@ class StateStore:
 
     def texts(self) -> Iterator[dict[str, Any]]:
         """`text` of every row, in order, without ``terms``; reads a line at a time."""
-        for shard in self.manifest.shards:
-            with open(self.path / f"{shard['name']}.jsonl", "rb") as file:
+        for shard in range(len(self.manifest.shards)):
+            with open(self._text_file(shard), "rb") as file:
                 for line in file:
                     value = json.loads(line)
                     value.pop("terms")
@@ -232,18 +295,25 @@ class StateStore:
     def prompt_ids(self, row: int) -> list[int]:
         """Token ids that the model read before the completion."""
         shard, local = self._row_place(row)
-        offsets = self._files[shard]["prompt_offsets"]
-        ids = self._files[shard]["prompt_ids"][offsets[local] : offsets[local + 1]].tolist()
-        self._files[shard].release()
+        file = self._shard(shard)
+        offsets = file["prompt_offsets"]
+        ids = file["prompt_ids"][offsets[local] : offsets[local + 1]].tolist()
+        file.release()
         return ids
 
     def release(self) -> None:
         """Let go of every page read so far (they stay in the system's cache)."""
-        for file in self._files:
-            file.release()
+        self._files.release()
+
+    def _text_file(self, shard: int) -> Path:
+        name = f"{self.manifest.shards[shard]['name']}.jsonl"
+        self._check(name)
+        return self.path / name
 
     def _row_place(self, row: int) -> tuple[int, int]:
         if not 0 <= row < len(self):
-            raise TeaError(f"the store {self.path} has rows 0 to {len(self) - 1}, got row {row}")
+            raise TeaError(
+                f"the store {self.path} has rows 0 to {len(self) - 1}, got row {row}; choose one of them"
+            )
         shard = int(np.searchsorted(self._shard_rows, row, side="right")) - 1
         return shard, row - int(self._shard_rows[shard])

@@ -11,6 +11,7 @@ import hashlib
 import json
 import mmap
 import os
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -35,6 +36,9 @@ _MOST_HEADER_BYTES = 1 << 20
 _FAULT_BYTES = 1 << 16
 #: Pages of a map are let go once about this much of it was touched.
 _MOST_RESIDENT_BYTES = 16 << 20
+
+#: Shards that are mapped at a time; mapping one anew costs about as much as reading a few scattered states.
+MOST_MAPPED = 128
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
@@ -89,10 +93,11 @@ def write_tensors(path: Path, pieces: Mapping[str, Sequence[np.ndarray]]) -> tup
 class TensorFile:
     """Arrays of a safetensors file, in a read-only memory map.
 
-    Pages that were read stay in the process's resident set until `release`; the system's cache keeps them either way.
+    Pages that were read stay in the process's resident set until `release`; the system's cache keeps them either way. The
+    map holds a file descriptor until the last array is gone.
 
     Raises:
-        ValueError: if the file is not what `write_tensors` writes.
+        ValueError, KeyError, TypeError: if the file is not what `write_tensors` writes.
     """
 
     def __init__(self, path: Path) -> None:
@@ -118,6 +123,9 @@ class TensorFile:
 
     def __contains__(self, name: str) -> bool:
         return name in self._arrays
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
 
     def release(self) -> None:
         """Let go of the pages read so far (they stay in the system's cache)."""
@@ -150,6 +158,31 @@ class TensorFile:
                     self.release()
                     touched = 0
         self.release()
+
+
+class ShardFiles:
+    """The shards of a store by number, a bounded number of them mapped at a time.
+
+    A process may hold some thousand file descriptors at most, and every map holds one.
+    """
+
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        self._folder, self.names = folder, names
+        self._open: OrderedDict[int, TensorFile] = OrderedDict()
+
+    def __getitem__(self, number: int) -> TensorFile:
+        if number in self._open:
+            self._open.move_to_end(number)
+        else:
+            while len(self._open) >= MOST_MAPPED:
+                self._open.popitem(last=False)
+            self._open[number] = TensorFile(self._folder / self.names[number])
+        return self._open[number]
+
+    def release(self) -> None:
+        """Let go of the pages of every mapped file."""
+        for file in self._open.values():
+            file.release()
 
 
 def _pieces(bounds: Sequence[int], entry_bytes: int) -> Iterator[tuple[int, int]]:

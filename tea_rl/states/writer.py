@@ -1,13 +1,16 @@
-"""Write a state store by append: whole shards or nothing, so that a killed writer continues where the last one ends."""
+"""Write a state store by append: whole shards or nothing, so that a killed writer continues where the last one ends.
+
+Shards end by a count of tokens, so that the same rows always give the same bytes. A slow writer also saves, by the clock,
+what it has of the shard to come, in files that the shard replaces: how often that happened leaves no trace in the end.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,49 +28,26 @@ from tea_rl.states.manifest import (
     REFERENCE_NAME,
     Manifest,
     StoreHeader,
+    file_damage,
 )
 from tea_rl.states.reward_file import read_shard_rewards, write_rewards
+from tea_rl.states.rows import Piece, StoredRow, merge, rows_digest
 from tea_rl.states.tensor_file import to_numpy, write_tensors
-from tea_rl.training.files import atomic_write_bytes, disk_errors, fsync_dir, remove_stale_temporaries
-from tea_rl.training.run_directory import _take_lock
+from tea_rl.training.files import (
+    atomic_write_bytes,
+    disk_errors,
+    drop_lock,
+    fsync_dir,
+    remove_stale_temporaries,
+    take_lock,
+)
+from tea_rl.training.run_directory import has_run
 
-#: A shard is closed once it holds this many tokens; a killed writer loses at most one shard.
+#: A shard is closed once it holds this many tokens.
 SHARD_TOKENS = 32768
+#: Seconds of work after which the rows of the shard to come are saved: about what a killed writer loses.
+PART_SECONDS = 30.0
 _CONTINUE = "run the same command again, it continues"
-
-
-@dataclass
-class StoredRow:
-    """A completion as the store keeps it, beside the arrays of its tokens.
-
-    Attributes:
-        prompt_ids: token ids the model read first.
-        prompt, completion: texts, as rewards see them.
-        reward: None where the data has none.
-        terms: unweighted reward terms.
-        label: thumbs up or down; None where the data has none.
-        pair: index of the preference pair; None for others.
-        chosen: which of the pair it is.
-        group: equal for rows with the same prompt.
-        finished: ended by itself, not by a length limit.
-        source_row: its position in the data it comes from.
-        place: file and line, for errors.
-        columns: the data's other columns; JSON values, or written as text.
-    """
-
-    prompt_ids: Sequence[int]
-    prompt: str
-    completion: str
-    reward: float | None = None
-    terms: dict[str, float | None] = field(default_factory=dict)
-    label: bool | None = None
-    pair: int | None = None
-    chosen: bool | None = None
-    group: int = 0
-    finished: bool = True
-    source_row: int = 0
-    place: str = ""
-    columns: dict[str, Any] = field(default_factory=dict)
 
 
 class StoreWriter:
@@ -76,7 +56,9 @@ class StoreWriter:
     def __init__(self, path: Path, manifest: Manifest, lock: int, shard_tokens: int) -> None:
         self.path, self.manifest, self.shard_tokens = path, manifest, shard_tokens
         self._lock: int | None = lock
-        self._clear()
+        self._pieces = [Piece.read(path, part["name"]) for part in manifest.parts]
+        self._num_saved, self._saved_at = len(self._pieces), time.monotonic()
+        self._busy = False
 
     @classmethod
     def create_or_continue(
@@ -86,7 +68,10 @@ class StoreWriter:
         reference: torch.nn.Module,
         shard_tokens: int = SHARD_TOKENS,
     ) -> StoreWriter:
-        """Begin a store, or go on after the last whole shard of one with the same header.
+        """Begin a store, or go on after the last intact row of one with the same header.
+
+        A damaged store is cut back to where the damage begins. Rewards that `relabel` put in force stay: the same rows
+        come back in the same order.
 
         Args:
             path: the folder, new, empty or with such a store.
@@ -95,31 +80,39 @@ class StoreWriter:
             shard_tokens: when a shard is closed.
 
         Raises:
-            TeaError: if the folder holds something else or is in use, the header differs, or the disk refuses.
+            TeaError: if the folder holds something else or is in use, the header differs, the disk refuses, or nothing
+                but rewards of `relabel` is damaged.
         """
         path = Path(path)
-        if path.exists() and not path.is_dir():
-            raise TeaError(
-                f"expected a folder for the store, but {path} is a file; choose another with --output"
-            )
         with disk_errors(f"write the store {path}", _CONTINUE):
+            _refuse_foreign(path)
+            is_new = not path.exists()
             path.mkdir(parents=True, exist_ok=True)
-            lock = _take_lock(path / LOCK_NAME)
+            lock = take_lock(path / LOCK_NAME)
             try:
+                _refuse_foreign(path)  # again, now that nobody else writes
                 remove_stale_temporaries(path)
                 if (path / MANIFEST_NAME).is_file():
-                    manifest = _continued(path, header)
+                    manifest = _continued(path, header, reference)
                 else:
                     manifest = _begun(path, header, reference)
+                return cls(path, manifest, lock, shard_tokens)
             except BaseException:
-                os.close(lock)
+                drop_lock(path / LOCK_NAME, lock)
+                if is_new:
+                    with suppress(OSError):  # if anything is in there, it stays
+                        path.rmdir()
                 raise
-        return cls(path, manifest, lock, shard_tokens)
 
     @property
     def num_rows(self) -> int:
-        """Rows in whole shards. Rows appended since the last one closed do not count yet."""
+        """Rows on disk. Rows appended since the last shard or part was written do not count yet."""
         return self.manifest.num_rows
+
+    @property
+    def final_rows(self) -> int | None:
+        """Rows the store had when it was complete; None if it never was."""
+        return self.manifest.final_rows
 
     @property
     def complete(self) -> bool:
@@ -134,51 +127,39 @@ class StoreWriter:
             tokens: their tokens, ordered by row, then position; ``rows`` counts within this call.
 
         Raises:
-            TeaError: if the disk refuses; whole shards survive.
+            TeaError: if the disk refuses; what was written before survives.
         """
-        if tokens.shortlist is None:
-            raise ValueError("a store needs shortlists")
-        lengths = torch.bincount(tokens.rows, minlength=len(rows))
-        shortlist = tokens.shortlist
-        arrays = {
-            "states": tokens.states,
-            "actions": tokens.actions.int(),
-            "shortlist_ids": shortlist.ids.int(),
-            "shortlist_logits": shortlist.logits.float(),
-            "tail_logsumexp": shortlist.tail_logsumexp.float(),
-            "tail_entropy": shortlist.tail_entropy.float(),
-            "slots": tokens.slots.int(),
-            "within_tail_logps": tokens.within_tail_logps.float(),
-            "logps": tokens.logps.float(),
-            "base_logps": tokens.base_logps.float(),
-        }
-        for name, tensor in arrays.items():
-            self._pieces.setdefault(name, []).append(to_numpy(tensor))
-        self._lengths += lengths.tolist()
-        self._rows += rows
-        self._tokens += len(tokens)
-        if self._tokens >= self.shard_tokens:
-            self._flush()
+        self._busy = True
+        self._pieces.append(Piece.of(rows, tokens))
+        if sum(piece.num_tokens for piece in self._pieces) >= self.shard_tokens:
+            self._close_shard()
+        elif time.monotonic() - self._saved_at >= PART_SECONDS:
+            self._save_part()
+        self._busy = False
 
     def finish(self, notes: dict[str, Any] | None = None) -> None:
-        """Close the last shard, write the rewards and mark the store complete.
+        """Close the last shard, write the rewards if there are none yet and mark the store complete.
 
         Raises:
-            TeaError: if there are no rows, or the disk refuses.
+            TeaError: if there are no rows, the disk refuses, or rewards of `relabel` are damaged.
         """
-        self._flush()
-        if not self.manifest.shards:
+        self._busy = True
+        self._close_shard()
+        manifest = self.manifest
+        if not manifest.shards:
             raise TeaError(f"expected at least one row for the store {self.path}, got none; look at the data")
         with disk_errors(f"write the store {self.path}", _CONTINUE):
-            write_rewards(self.path, self.manifest, *read_shard_rewards(self.path, self.manifest))
-            self.manifest.complete = True
-            self.manifest.notes = notes or {}
-            self.manifest.write(self.path)
+            if manifest.rewards is None:
+                write_rewards(self.path, manifest, *read_shard_rewards(self.path, manifest))
+            manifest.complete, manifest.final_rows = True, manifest.num_rows
+            manifest.notes = notes or {}
+            manifest.write(self.path)
+        _refuse_lost_rewards(self.path, manifest)
 
     def close(self) -> None:
         """Let other processes write. Can be called twice."""
         if self._lock is not None:
-            os.close(self._lock)
+            drop_lock(self.path / LOCK_NAME, self._lock)
             self._lock = None
 
     def __enter__(self) -> StoreWriter:
@@ -187,101 +168,121 @@ class StoreWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            # Interrupted between two appends, nothing is lost; inside of one, what it has done is not known.
+            if kind is not None and issubclass(kind, KeyboardInterrupt) and not self._busy:
+                with suppress(TeaError):
+                    self._save_part()
+        finally:
+            self.close()
 
-    def _clear(self) -> None:
-        self._rows: list[StoredRow] = []
-        self._lengths: list[int] = []
-        self._pieces: dict[str, list[np.ndarray]] = {}
-        self._tokens = 0
-
-    def _flush(self) -> None:
-        """Write what has gathered as a shard, then name it in the manifest."""
-        if not self._rows:
+    def _close_shard(self) -> None:
+        """Write what has gathered as a shard, name it in the manifest and remove the parts it replaces."""
+        if not self._pieces:
             return
-        name = f"shard-{len(self.manifest.shards):05d}"
+        parts = self.manifest.parts
+        self._enter(f"shard-{len(self.manifest.shards):05d}", self._pieces, self.manifest.shards, [])
+        for file in (file for part in parts for file in part["files"]):
+            with suppress(OSError):  # the next writer removes it
+                (self.path / file).unlink()
+        self._pieces, self._num_saved = [], 0
+
+    def _save_part(self) -> None:
+        """Write what has gathered since the last part."""
+        if self._num_saved == len(self._pieces):
+            return
+        parts = list(self.manifest.parts)
+        name = f"part-{len(self.manifest.shards):05d}-{len(parts):05d}"
+        self._enter(name, self._pieces[self._num_saved :], parts, parts)
+        self._num_saved = len(self._pieces)
+
+    def _enter(
+        self, name: str, pieces: Sequence[Piece], entries: list[dict[str, Any]], parts: list[dict[str, Any]]
+    ) -> None:
+        """Write pieces as ``name``, then the manifest with its entry among ``entries`` and the ``parts`` that are left."""
         with disk_errors(f"write {name} of the store {self.path}", _CONTINUE):
-            pieces = {**self._pieces, **_row_arrays(self._rows, self._lengths)}
-            tensors = self.path / f"{name}.safetensors"
-            # The name that `remove_stale_temporaries` looks for.
-            temporary = tensors.with_name(f".{tensors.name}.tmp-{os.getpid()}")
-            try:
-                size, digest = write_tensors(temporary, pieces)
-                os.replace(temporary, tensors)
-            except BaseException:
-                with suppress(OSError):
-                    temporary.unlink()
-                raise
-            text = b"".join(_text_line(row) for row in self._rows)
+            arrays = merge(pieces)
+            size, digest = _write_tensors(self.path / f"{name}.safetensors", arrays)
+            text = b"".join(piece.text for piece in pieces)
             atomic_write_bytes(self.path / f"{name}.jsonl", text)
             fsync_dir(self.path)
-            files = {
-                f"{name}.safetensors": {"bytes": size, "sha256": digest},
-                f"{name}.jsonl": {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()},
+            entry = {
+                "name": name,
+                "rows": sum(len(piece.lengths) for piece in pieces),
+                "tokens": sum(piece.num_tokens for piece in pieces),
+                "rows_sha256": rows_digest(arrays),
+                "files": {
+                    f"{name}.safetensors": {"bytes": size, "sha256": digest},
+                    f"{name}.jsonl": {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()},
+                },
             }
-            shard = {"name": name, "rows": len(self._rows), "tokens": self._tokens, "files": files}
-            self.manifest.shards.append(shard)
+            before = self.manifest.parts
+            entries.append(entry)
+            self.manifest.parts = parts
             try:
                 self.manifest.write(self.path)
             except BaseException:
-                self.manifest.shards.pop()
+                entries.pop()
+                self.manifest.parts = before
                 raise
-        self._clear()
+        self._saved_at = time.monotonic()
 
 
-def _row_arrays(rows: Sequence[StoredRow], lengths: Sequence[int]) -> dict[str, list[np.ndarray]]:
-    """Arrays with one entry a row; -1 and NaN stand for None."""
-    prompts = np.concatenate([np.asarray(row.prompt_ids, np.int32) for row in rows])
-    ends = np.cumsum([0, *(len(row.prompt_ids) for row in rows)], dtype=np.int64)
-    arrays = {
-        "prompt_ids": prompts,
-        "prompt_offsets": ends,
-        "token_offsets": np.cumsum([0, *lengths], dtype=np.int64),
-        "reward": np.array([np.nan if row.reward is None else row.reward for row in rows], np.float32),
-        "label": np.array([-1 if row.label is None else row.label for row in rows], np.int8),
-        "pair": np.array([-1 if row.pair is None else row.pair for row in rows], np.int64),
-        "chosen": np.array([-1 if row.chosen is None else row.chosen for row in rows], np.int8),
-        "group": np.array([row.group for row in rows], np.int64),
-        "finished": np.array([row.finished for row in rows], np.bool_),
-        "source_row": np.array([row.source_row for row in rows], np.int64),
-    }
-    return {name: [array] for name, array in arrays.items()}
+def _write_tensors(path: Path, pieces: dict[str, list[np.ndarray]]) -> tuple[int, str]:
+    """`write_tensors` under a temporary name first, which is removed if the disk refuses."""
+    # The name that `remove_stale_temporaries` looks for.
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        written = write_tensors(temporary, pieces)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    return written
 
 
-def _text_line(row: StoredRow) -> bytes:
-    value = {
-        "prompt": row.prompt,
-        "completion": row.completion,
-        "place": row.place,
-        "terms": row.terms,
-        "columns": row.columns,
-    }
-    return (json.dumps(value, ensure_ascii=False, default=str) + "\n").encode("utf-8", "replace")
+def _refuse_foreign(path: Path) -> None:
+    """Refuse, before anything is written, what can become no store."""
+    advice = "choose another with --output"
+    if path.exists() and not path.is_dir():
+        raise TeaError(f"expected a folder for the store, but {path} is a file; {advice}")
+    if has_run(path):
+        raise TeaError(f"expected a new folder or a state store, but {path} is a run; {advice}")
+    if not path.is_dir() or (path / MANIFEST_NAME).is_file():
+        return
+    others = sorted({item.name for item in path.iterdir()} - {LOCK_NAME, REFERENCE_NAME})
+    others = [name for name in others if not (name.startswith(".") and ".tmp-" in name)]
+    if any(name.startswith(("shard-", "part-")) for name in others):
+        raise TeaError(
+            f"{path} holds the shards of a store, but its {MANIFEST_NAME} is missing; put it back, or remove the store with "
+            f"rm -r {path} and run the same command again"
+        )
+    if others:
+        raise TeaError(
+            f"expected a new or empty folder for the store, but {path} holds {others[0]}; {advice}"
+        )
 
 
 def _begun(path: Path, header: StoreHeader, reference: torch.nn.Module) -> Manifest:
     """A new manifest and the reference weight, in a folder that holds nothing else."""
-    others = sorted({item.name for item in path.iterdir()} - {LOCK_NAME, REFERENCE_NAME})
-    if others:
-        with suppress(OSError):
-            (path / LOCK_NAME).unlink()
-        raise TeaError(
-            f"expected a new or empty folder for the store, but {path} holds {others[0]}; choose another with --output"
-        )
-    bias = getattr(reference, "bias", None)
-    pieces = {"weight": [to_numpy(output_weight(reference))]}
-    if isinstance(bias, torch.Tensor):
-        pieces["bias"] = [to_numpy(bias)]
-    temporary = path / f".{REFERENCE_NAME}.tmp-{os.getpid()}"
-    size, digest = write_tensors(temporary, pieces)
-    os.replace(temporary, path / REFERENCE_NAME)
-    manifest = Manifest(header, files={REFERENCE_NAME: {"bytes": size, "sha256": digest}})
+    manifest = Manifest(header)
+    _write_reference(path, manifest, reference)
     manifest.write(path)
     return manifest
 
 
-def _continued(path: Path, header: StoreHeader) -> Manifest:
-    """The manifest of an earlier writer, cut back to its intact shards; other shard files are removed."""
+def _write_reference(path: Path, manifest: Manifest, reference: torch.nn.Module) -> None:
+    bias = getattr(reference, "bias", None)
+    pieces = {"weight": [to_numpy(output_weight(reference))]}
+    if isinstance(bias, torch.Tensor):
+        pieces["bias"] = [to_numpy(bias)]
+    size, digest = _write_tensors(path / REFERENCE_NAME, pieces)
+    manifest.files[REFERENCE_NAME] = {"bytes": size, "sha256": digest}
+
+
+def _continued(path: Path, header: StoreHeader, reference: torch.nn.Module) -> Manifest:
+    """The manifest of an earlier writer, cut back to its intact rows; other shard files are removed."""
     manifest = Manifest.read(path)
     before, now = vars(manifest.header).copy(), vars(header).copy()
     found = differing_keys(before.pop("keys"), now.pop("keys"))
@@ -291,19 +292,42 @@ def _continued(path: Path, header: StoreHeader) -> Manifest:
     if found:
         raise TeaError(f"{path} holds a store made otherwise: {found}; choose another folder with --output")
     damaged = dict(manifest.damage(path))
-    if REFERENCE_NAME in damaged:
-        raise TeaError(
-            f"the store {path} is damaged: {damaged[REFERENCE_NAME]}; remove the folder and start again"
-        )
-    names = [shard["name"] for shard in manifest.shards]
-    first_bad = min((names.index(name) for name in damaged if name in names), default=len(names))
     if damaged:
-        manifest.shards, manifest.complete, manifest.rewards = manifest.shards[:first_bad], False, None
-        manifest.files = {REFERENCE_NAME: manifest.files[REFERENCE_NAME]}
+        _cut_back(path, manifest, set(damaged))
+        if REFERENCE_NAME in damaged:
+            _write_reference(path, manifest, reference)
         manifest.write(path)
-    known = {file for shard in manifest.shards for file in shard["files"]} | set(manifest.files)
-    for pattern in ("shard-*", "rewards-*"):
+    known = {file for item in (*manifest.shards, *manifest.parts) for file in item["files"]}
+    known |= set(manifest.files)
+    for pattern in ("shard-*", "part-*", "rewards-*"):
         for file in path.glob(pattern):
             if file.name not in known:
                 file.unlink()
+    if manifest.complete:
+        _refuse_lost_rewards(path, manifest)
     return manifest
+
+
+def _cut_back(path: Path, manifest: Manifest, damaged: set[str]) -> None:
+    """Take damaged shards, and what was written after them, out of a manifest."""
+    intact = _intact(manifest.shards, damaged)
+    if len(intact) < len(manifest.shards):
+        manifest.shards, manifest.parts, manifest.complete = intact, [], False
+    manifest.parts = _intact(manifest.parts, damaged)
+    # The rows' own rewards come back from the shards; those of `relabel` are nowhere else.
+    if manifest.rewards in damaged and manifest.relabelled is None:
+        del manifest.files[manifest.rewards]
+        manifest.rewards, manifest.complete = None, False
+
+
+def _intact(items: list[dict[str, Any]], damaged: set[str]) -> list[dict[str, Any]]:
+    first = next((number for number, item in enumerate(items) if item["name"] in damaged), len(items))
+    return items[:first]
+
+
+def _refuse_lost_rewards(path: Path, manifest: Manifest) -> None:
+    """Refuse a complete store whose rewards are damaged and cannot be had from its shards."""
+    assert manifest.rewards is not None  # a complete store has them
+    wrong = file_damage(path / manifest.rewards, manifest.files[manifest.rewards])
+    if wrong is not None:
+        raise manifest.damage_error(path, manifest.rewards, wrong)

@@ -1,4 +1,4 @@
-"""Files that survive a crash: written beside their name, synced, renamed; JSON lines that may end in a torn line."""
+"""Files that survive a crash: written beside their name, synced, renamed; JSON lines that may end in a torn line; locks."""
 
 from __future__ import annotations
 
@@ -94,6 +94,51 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """Rows of a JSON-lines file; empty if there is no such file."""
     path = Path(path)
     return [row for _, row in iterate_jsonl(path.read_bytes())] if path.is_file() else []
+
+
+def take_lock(path: Path) -> int:
+    """Lock a file, made if need be, and return its handle; the system frees the lock when the process ends, however it ends.
+
+    Raises:
+        TeaError: if another process holds it; the file's folder is what it has in use.
+        OSError: the disk's own error.
+    """
+    import fcntl  # not on Windows, where reading still works
+
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_open_at(handle, path):
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, f"{os.getpid()}\n".encode("ascii"), 0)
+                return handle
+        except BlockingIOError:
+            owner = os.pread(handle, 32, 0).decode("ascii", "replace").strip()
+            os.close(handle)
+            who = f"process {owner}" if owner.isdigit() else "another process"
+            raise TeaError(
+                f"{path.parent} is in use by {who}; wait for it, or choose another folder with --output"
+            ) from None
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)  # removed by its last holder between the opening and the locking
+
+
+def drop_lock(path: Path, handle: int) -> None:
+    """Remove a file that `take_lock` locked, and free the lock."""
+    if _is_open_at(handle, path):
+        with suppress(OSError):
+            path.unlink()
+    os.close(handle)
+
+
+def _is_open_at(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +18,7 @@ from tea_rl.backbone import Backbone
 from tea_rl.errors import TeaError
 from tea_rl.head.layer import TeaHead
 from tea_rl.recipe import Recipe
+from tea_rl.training.stored_recipe import OPTIONAL_SETTINGS
 
 _PACKAGES = (
     "torch",
@@ -29,7 +31,8 @@ _PACKAGES = (
     "datasets",
 )
 #: Settings that may differ on resume: none of them changes what a step computes (``train.num_threads`` only in the last
-#: bits; nor does ``train.max_steps``, under a schedule that does not look ahead).
+#: bits; nor does ``train.max_steps``, under a schedule that does not look ahead), nor which head is kept
+#: (``train.eval_steps`` does where the best one is).
 _FREE_ON_RESUME = {
     ("description",),
     ("train", "eval_steps"),
@@ -79,44 +82,99 @@ def build_manifest(recipe: Recipe, base: BaseModelFacts, head: TeaHead, digest: 
     }
 
 
+def check_same_recipe(path: Path, recipe: Recipe) -> None:
+    """Refuse to resume with another recipe than the run began with; reads two small files, so it can come first.
+
+    Settings that the recipe leaves out because it learns from a store are not compared: they come from the store.
+
+    Raises:
+        TeaError: naming what differs, with both values.
+    """
+    before = run_recipe(path)
+    if before is None:
+        return  # killed before its first line was written: nothing to contradict
+    free = set(_FREE_ON_RESUME)
+    if recipe.train.lr_scheduler_type.startswith("constant"):
+        free.add(("train", "max_steps"))
+    if recipe.train.metric_for_best_model is not None:
+        free.remove(("train", "eval_steps"))
+    if recipe.data.store is not None:
+        free |= {
+            (group, name)
+            for group, name in OPTIONAL_SETTINGS
+            if name not in getattr(recipe, group).model_fields_set
+        }
+    changed = describe_changes(before, yaml.safe_load(recipe.to_yaml()), free)
+    if changed:
+        raise TeaError(
+            f"cannot resume {path}: the recipe differs from the run's in {changed}; set it back (the run's is in "
+            f"{path / 'recipe.yaml'}) or start a new run"
+        )
+
+
+def run_recipe(path: Path) -> dict[str, Any] | None:
+    """The resolved recipe in a run's folder, as plain values; None if there is none.
+
+    Raises:
+        TeaError: if it is damaged.
+    """
+    try:
+        found = yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("no settings in it")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise TeaError(
+            f"cannot resume {path}: its recipe.yaml is damaged ({str(error).splitlines()[0]}); start a new run"
+        ) from error
+    return found
+
+
 def check_same_run(path: Path, recipe: Recipe, base: BaseModelFacts, digest: str) -> None:
     """Refuse to resume with another recipe, model or data than the run began with.
 
     Raises:
         TeaError: naming what differs.
     """
+    check_same_recipe(path, recipe)
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        before = yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict):
+            raise ValueError("no JSON object")
     except FileNotFoundError:
-        return  # killed before its first line was written: nothing to contradict
-    except (ValueError, yaml.YAMLError) as error:
+        return  # killed before it was written
+    except ValueError as error:
         raise TeaError(
-            f"cannot resume {path}: its manifest.json or recipe.yaml is damaged ({str(error).splitlines()[0]}); start a new run"
+            f"cannot resume {path}: its manifest.json is damaged ({str(error).splitlines()[0]}); start a new run"
         ) from error
-    now = yaml.safe_load(recipe.to_yaml())
-    free = set(_FREE_ON_RESUME)
-    if recipe.train.lr_scheduler_type.startswith("constant"):
-        free.add(("train", "max_steps"))
-    changed = [key for key in _differences(before, now) if key not in free]
-    if changed:
-        names = ", ".join(".".join(key) for key in changed)
-        raise TeaError(
-            f"cannot resume {path}: the recipe differs from the run's in {names}; set it back or start a new run"
-        )
-    for name, came in (
-        ("base_model_digest", base.base_model_digest),
-        ("data_digest", digest),
-        ("dtype", base.dtype),
+    data = f"the store {recipe.data.store}" if recipe.data.store is not None else "the data"
+    for name, came, what in (
+        ("base_model_digest", base.base_model_digest, f"the model {base.base_model} is another one"),
+        ("data_digest", digest, f"{data} is not what it was"),
+        ("dtype", base.dtype, f"the states' dtype was {manifest.get('dtype')} and is {base.dtype}"),
     ):
         if manifest.get(name) != came:
             raise TeaError(
-                f"cannot resume {path}: {name} was {str(manifest.get(name))[:16]} when the run began and is {came[:16]} now; "
-                "restore the same model and data, or start a new run"
+                f"cannot resume {path}: since the run began something has changed: {what} ({name} {str(manifest.get(name))[:12]} "
+                f"then, {came[:12]} now); restore it or start a new run"
             )
 
 
-def _differences(before: Any, now: Any, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+def describe_changes(before: Any, now: Any, free: Collection[tuple[str, ...]] = ()) -> str:
+    """``"train.seed (0 then, 1 now), ..."``: every setting that differs and is not free to; empty if none does."""
+    changed = [change for change in _differences(before, now) if change[0] not in free]
+    return ", ".join(f"{'.'.join(key)} ({_short(old)} then, {_short(new)} now)" for key, old, new in changed)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _differences(
+    before: Any, now: Any, prefix: tuple[str, ...] = ()
+) -> list[tuple[tuple[str, ...], Any, Any]]:
     if isinstance(before, dict) and isinstance(now, dict):
         names = sorted(before.keys() | now.keys())
         return [
@@ -124,7 +182,7 @@ def _differences(before: Any, now: Any, prefix: tuple[str, ...] = ()) -> list[tu
             for name in names
             for key in _differences(before.get(name), now.get(name), (*prefix, str(name)))
         ]
-    return [] if before == now else [prefix]
+    return [] if before == now else [(prefix, before, now)]
 
 
 def _version(package: str) -> str | None:

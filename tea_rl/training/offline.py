@@ -7,6 +7,7 @@ of states is held in memory.
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -15,85 +16,140 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from tea_rl.data.encode import labelled_digest
 from tea_rl.data.labelled import read_labelled
 from tea_rl.errors import TeaError, did_you_mean
 from tea_rl.evaluation.evaluate import Evaluation
 from tea_rl.evaluation.offline import LOWER_IS_BETTER, METRICS, offline_metrics, row_figures
-from tea_rl.recipe import Recipe
-from tea_rl.states.keys import check_keys, recipe_keys
+from tea_rl.recipe import Recipe, TrainConfig
 from tea_rl.states.manifest import MANIFEST_NAME
 from tea_rl.states.relabel import rescore
 from tea_rl.states.store import StateStore
+from tea_rl.training.files import atomic_write_text, disk_errors
 from tea_rl.training.loop import TrainingLoop, TrainResult
-from tea_rl.training.manifest import BaseModelFacts
+from tea_rl.training.manifest import BaseModelFacts, check_same_recipe, describe_changes
 from tea_rl.training.offline_data import OfflineData
 from tea_rl.training.offline_learner import OfflineLearner
+from tea_rl.training.offline_rows import RowTable, check_metric, check_rows
 from tea_rl.training.plots import write_curves
 from tea_rl.training.progress import Listener
 from tea_rl.training.run_directory import RunDirectory, has_run
 from tea_rl.training.seeding import seed_step
+from tea_rl.training.stored_recipe import fit_recipe
 
 #: Where a run from labelled rows keeps their states.
 STORE_NAME = "store"
 _BEST_NAME = "best.safetensors"
 #: Objectives that read the stored behaviour and hold to the trust region ``target_kl``.
-_POLICY_GRADIENTS = ("grpo", "rloo", "reinforce", "ppo")
+POLICY_GRADIENTS = ("grpo", "rloo", "reinforce", "ppo")
 
 
 def open_store(recipe: Recipe, run_path: Path, listener: Listener) -> StateStore:
     """The store a recipe learns from: its own, or one made of its dataset inside the run.
 
     Raises:
-        TeaError: if there is none, it is damaged, or was made with other settings (named).
+        TeaError: if there is none, it is damaged, or its rows cannot be learnt from (before a backbone is loaded).
     """
     if recipe.data.store is not None:
-        store = StateStore.open(recipe.data.store)
-        check_keys(store, recipe_keys(recipe))
-        if recipe.rewards:
-            listener.on_note("scoring the stored completions with the recipe's rewards")
-            store.rewards, store.terms = rescore(store, recipe.rewards, recipe.base_dir)
-        return store
-    path, found = run_path / STORE_NAME, None
+        return StateStore.open(recipe.data.store)
+    path = run_path / STORE_NAME
     if has_run(run_path):  # what a run began with is what it goes on with
         with suppress(TeaError):  # damaged: embedding mends it
-            found = StateStore.open(path)
-    if found is None:
-        from tea_rl.states.embed import embed
+            return StateStore.open(path)
+    from tea_rl.states.embed import embed
 
-        check_dataset(recipe)
-        found = embed(recipe, path, listener)
-    check_keys(found, recipe_keys(recipe))
-    return found
+    digest = check_dataset(recipe)
+    begun = _EmbeddingRecord(run_path)
+    begun.check(recipe, digest)
+    begun.write(recipe, digest)
+    try:
+        return embed(recipe, path, listener)
+    except BaseException:
+        if not path.exists():  # nothing was begun: leave no run behind
+            begun.remove()
+        raise
 
 
-def check_dataset(recipe: Recipe) -> None:
-    """Refuse labelled rows that the objective cannot learn from, before the backbone reads them all.
+def check_dataset(recipe: Recipe) -> str:
+    """Refuse labelled rows that the recipe cannot learn from, before the backbone reads them all.
+
+    Returns:
+        their digest.
 
     Raises:
-        TeaError: if they lack what it learns from, or all have the same reward.
+        TeaError: if they lack what the objective learns from, there is nothing to learn, or the held-out ones cannot give
+            the metric of the best head.
     """
-    data, name = recipe.data, recipe.objective.name
-    assert data.dataset is not None
-    rows = read_labelled(data.dataset, data.kwargs, data.columns).rows
-    rewards = {row.reward for row in rows if row.reward is not None}
-    needs = {
-        "dpo": ("preference pairs (chosen, rejected)", any(row.pair is not None for row in rows)),
-        "kto": ("labels (true or false)", any(row.label is not None or row.pair is not None for row in rows)),
-        "cross_entropy": ("rows", True),
-    }
-    needs["ipo"] = needs["dpo"]
-    # Rewards of the recipe are computed by embed, which replaces those of the data.
-    what, there = needs.get(
-        name, ("rewards (a column reward, or rewards in the recipe)", bool(rewards or recipe.rewards))
-    )
-    if not there:
+    assert recipe.data.dataset is not None
+    data = read_labelled(recipe.data.dataset, recipe.data.kwargs, recipe.data.columns)
+    check_rows(RowTable.of_labelled(data, recipe), recipe)
+    return labelled_digest(data.rows)
+
+
+class _EmbeddingRecord:
+    """What a run's embedding was begun with, kept beside it until the run has a recipe of its own."""
+
+    def __init__(self, run_path: Path) -> None:
+        self.run_path, self.path = run_path, run_path / "embedding.json"
+
+    def check(self, recipe: Recipe, digest: str) -> None:
+        """Refuse to go on with other settings or rows.
+
+        Raises:
+            TeaError: naming what differs, with both values.
+        """
+        try:
+            before = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # none, or torn: the store has digests of its own
+            return
+        changed = describe_changes(before.get("settings"), self._settings(recipe))
+        if not changed and before.get("rows") != digest:
+            changed = f"the rows of {recipe.data.dataset}, which have changed"
+        if changed:
+            raise TeaError(
+                f"cannot resume {self.run_path}: its embedding was begun with other data or settings: {changed}; set that back "
+                "or start a new run"
+            )
+
+    def write(self, recipe: Recipe, digest: str) -> None:
+        """Note down what an embedding begins with."""
+        facts = {"settings": self._settings(recipe), "rows": digest}
+        with disk_errors(f"write {self.path}"):
+            atomic_write_text(self.path, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+
+    def remove(self) -> None:
+        """Forget it."""
+        with suppress(OSError):
+            self.path.unlink(missing_ok=True)
+
+    def _settings(self, recipe: Recipe) -> dict[str, Any]:
+        """Everything in a recipe that decides what a store holds."""
+        raw = recipe.model_dump(mode="json")
+        for name in ("eval_prompts", "eval_fraction", "eval_size", "split_seed", "size"):
+            del raw["data"][name]
+        head = {name: raw["head"][name] for name in ("context", "shortlist_size")}
+        rollout = {"temperature": raw["rollout"]["temperature"]}
+        return {
+            **{name: raw[name] for name in ("model", "data", "rewards")},
+            "head": head,
+            "rollout": rollout,
+        }
+
+
+def check_best_model(train: TrainConfig) -> None:
+    """Refuse settings about the best head that contradict themselves.
+
+    Raises:
+        TeaError: for patience without a metric, or a metric that there is not.
+    """
+    if train.early_stopping_patience is not None and train.metric_for_best_model is None:
         raise TeaError(
-            f"objective.name {name} learns from {what}, but {data.dataset} has none; add them or choose another objective"
+            "train.early_stopping_patience needs train.metric_for_best_model, got none; set it to eval_loss, say"
         )
-    if name not in needs and not recipe.rewards and len(rewards) == 1:
+    if train.metric_for_best_model is not None and train.metric_for_best_model not in METRICS:
         raise TeaError(
-            f"nothing to learn: all {len(rows)} rows of {data.dataset} have the reward {rewards.pop():g}; give rewards that "
-            "differ, or objective.name cross_entropy to learn every row alike"
+            f"train.metric_for_best_model must be one of {', '.join(METRICS)}, got {train.metric_for_best_model}."
+            f"{did_you_mean(train.metric_for_best_model, METRICS)}"
         )
 
 
@@ -112,21 +168,20 @@ class OfflineTrainer(TrainingLoop):
     def __init__(self, recipe: Recipe, run: RunDirectory, listener: Listener, resume: bool) -> None:
         super().__init__(recipe, run, listener, resume)
         train = recipe.train
-        if train.early_stopping_patience is not None and train.metric_for_best_model is None:
-            raise TeaError(
-                "train.early_stopping_patience needs train.metric_for_best_model, got none; set it to eval_loss, say"
-            )
-        if train.metric_for_best_model is not None and train.metric_for_best_model not in METRICS:
-            raise TeaError(
-                f"train.metric_for_best_model must be one of {', '.join(METRICS)}, got {train.metric_for_best_model}."
-                f"{did_you_mean(train.metric_for_best_model, METRICS)}"
-            )
+        check_best_model(train)
+        if resume:
+            check_same_recipe(
+                run.path, recipe
+            )  # again at the end, with model and data; this one costs nothing
         self.store = open_store(recipe, run.path, listener)
+        recipe = self.recipe = fit_recipe(recipe, self.store, listener)
+        if recipe.rewards and recipe.data.store is not None:
+            listener.on_note("scoring the stored completions with the recipe's rewards")
+            self.store.rewards, self.store.terms = rescore(self.store, recipe.rewards, recipe.base_dir)
         self.data = OfflineData(self.store, recipe)
-        if self.data.left_out:
-            listener.on_note(
-                f"{self.data.left_out} rows teach {recipe.objective.name} nothing and are left out"
-            )
+        check_metric(self.data.table, self.data.eval_rows, train.metric_for_best_model)
+        if self.data.left_out is not None:
+            listener.on_note(self.data.left_out)
         self.total_steps = self.data.total_steps
         head = self.store.make_head(recipe.head, seed=train.seed)
         learner = OfflineLearner(
@@ -136,6 +191,11 @@ class OfflineTrainer(TrainingLoop):
         self.base_metrics: dict[str, float] = {}
         self.best = Best(train.metric_for_best_model, train.early_stopping_patience)
         self._prepare(head, learner, store_facts(self.store), digest)
+
+    def _begin(self) -> int:
+        first = super()._begin()
+        _EmbeddingRecord(self.run.path).remove()  # recipe.yaml says it all from now on
+        return first
 
     def _step(self, step: int) -> None:
         started = time.perf_counter()
@@ -165,7 +225,7 @@ class OfflineTrainer(TrainingLoop):
 
     def _left_trust_region(self, step: int, behaviour_kl: float) -> bool:
         objective = self.recipe.objective
-        if objective.name not in _POLICY_GRADIENTS or objective.target_kl is None:
+        if objective.name not in POLICY_GRADIENTS or objective.target_kl is None:
             return False
         # As online: the first pass over the data always completes.
         return step > self.data.steps_per_epoch and behaviour_kl > objective.target_kl
@@ -174,10 +234,6 @@ class OfflineTrainer(TrainingLoop):
         """Held-out figures; at step 0 those of the original model."""
         best = self.best
         if not len(self.data.eval_rows):
-            if best.metric is not None:
-                raise TeaError(
-                    f"train.metric_for_best_model {best.metric} needs held-out rows, got none; raise data.eval_fraction"
-                )
             return
         metrics = offline_metrics(row_figures([self.head], self.store, self.data.eval_rows)[0])
         self.last_evaluation = Evaluation(metrics, [])
@@ -242,18 +298,9 @@ class Best:
         self.weights: dict[str, torch.Tensor] = {}
 
     def better(self, step: int, metrics: dict[str, float]) -> bool:
-        """Take note of an evaluation; True if it is the best yet.
-
-        Raises:
-            TeaError: if the metric is not among those of the evaluation.
-        """
+        """Take note of an evaluation; True if it is the best yet."""
         if self.metric is None:
             return False
-        if self.metric not in metrics:
-            raise TeaError(
-                f"train.metric_for_best_model must be one of {', '.join(metrics)}, got {self.metric}."
-                f"{did_you_mean(self.metric, metrics)}"
-            )
         sign = -1 if self.metric in LOWER_IS_BETTER else 1
         if not self.metrics or sign * metrics[self.metric] > sign * self.metrics[self.metric]:
             self.step, self.waited, self.metrics = step, 0, metrics

@@ -17,6 +17,7 @@ from tea_rl.training.files import (
     iterate_jsonl,
     read_jsonl,
     remove_stale_temporaries,
+    take_lock,
 )
 
 RECIPE_NAME = "recipe.yaml"
@@ -63,7 +64,7 @@ class RunDirectory:
         was_begun = (path / LOCK_NAME).is_file()
         with disk_errors(f"make the run folder {path}", "try again, or " + advice):
             path.mkdir(parents=True, exist_ok=True)
-            lock = _take_lock(path / LOCK_NAME)
+            lock = take_lock(path / LOCK_NAME)
         others = sorted(item.name for item in path.iterdir() if item.name != LOCK_NAME)
         if not resume and others:
             os.close(lock)
@@ -164,25 +165,3 @@ class RunDirectory:
 def has_run(path: str | Path) -> bool:
     """Whether a run was started in the folder."""
     return (Path(path) / RECIPE_NAME).is_file()
-
-
-def _take_lock(path: Path) -> int:
-    """Lock the file and return its handle. The system frees the lock when the process ends, however it ends."""
-    import fcntl  # not on Windows, where reading runs still works
-
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        owner = os.pread(handle, 32, 0).decode("ascii", "replace").strip()
-        os.close(handle)
-        who = f"process {owner}" if owner.isdigit() else "another process"
-        raise TeaError(
-            f"{path.parent} is in use by {who}; wait for it, or choose another folder with --output"
-        ) from None
-    except BaseException:
-        os.close(handle)
-        raise
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, f"{os.getpid()}\n".encode("ascii"), 0)
-    return handle

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
-from tea_rl.errors import TeaError, did_you_mean
+from tea_rl.errors import TeaError
 from tea_rl.evaluation.offline import (
     LOWER_IS_BETTER,
-    METRICS,
     bootstrap_interval,
     offline_metrics,
     row_figures,
@@ -24,20 +23,28 @@ from tea_rl.head.layer import TeaHead
 from tea_rl.head.policy import PolicyTerms
 from tea_rl.head.shared import shared_corrections
 from tea_rl.recipe import Recipe, parse_recipe
-from tea_rl.states.keys import check_keys, recipe_keys
 from tea_rl.states.relabel import rescore
 from tea_rl.states.store import StateStore
 from tea_rl.training.checkpoint import replace_directory
 from tea_rl.training.files import atomic_write_text, disk_errors
-from tea_rl.training.offline_data import OfflineData, row_signal
+from tea_rl.training.offline import POLICY_GRADIENTS, check_best_model
+from tea_rl.training.offline_data import OfflineData
 from tea_rl.training.offline_learner import OfflineBatch, OfflineLearner, StepReport
+from tea_rl.training.offline_rows import check_metric
 from tea_rl.training.progress import Listener
 from tea_rl.training.seeding import seed_step
+from tea_rl.training.stored_recipe import fit_recipe
 
 #: Settings that decide what a minibatch is: it is the same one for all heads.
 _SHARED = {
     "objective.name", "objective.minibatch_tokens", "train.max_steps", "train.num_train_epochs", "train.token_dropout",
     "train.state_noise", "train.short_answer_damping",
+}  # fmt: skip
+#: Settings of the loop that `train` runs and a sweep does not have: heads would not differ in them.
+_WITHOUT_EFFECT = {
+    "objective.target_kl", "objective.inner_epochs", "train.save_steps", "train.save_total_limit", "train.eval_steps",
+    "train.eval_generations", "train.sample_prompts", "train.report_to", "train.num_threads", "train.metric_for_best_model",
+    "train.early_stopping_patience",
 }  # fmt: skip
 _GROUPS = ("head", "objective", "anchor", "train")
 #: What heads are ranked by where the recipe names no metric: the first of these that was measured.
@@ -94,8 +101,7 @@ def sweep(
     Heads that read through the frozen reference weight share its gathered rows; each has its own optimizer and schedule. A
     head that diverges is left behind and reported. ``train.seed`` in the grid seeds the heads, not the order of the data.
     There are no checkpoints, evaluation comes once, at the end, and every head takes all steps: ``objective.target_kl``, which
-    ends the passes of `train` over stored rollouts, is not looked at. Where the data cannot give
-    ``train.metric_for_best_model``, heads are ranked by what it can give.
+    ends the passes of `train` over stored rollouts, is not looked at.
 
     Args:
         store: opened, or its folder.
@@ -112,23 +118,23 @@ def sweep(
         TeaError: for every mistake a user can mend.
     """
     listener = listener or Listener()
-    wanted = recipe.train.metric_for_best_model
-    if wanted is not None and wanted not in METRICS:
-        raise TeaError(
-            f"train.metric_for_best_model must be one of {', '.join(METRICS)}, got {wanted}.{did_you_mean(wanted, METRICS)}"
-        )
+    check_best_model(recipe.train)
     output = _new_folder(Path(output))
     store = store if isinstance(store, StateStore) else StateStore.open(store)
+    combinations = grid_recipes(store, recipe, grid, listener)
+    base = combinations[0][1]
     if recipe.rewards:
         listener.on_note("scoring the stored completions with the recipe's rewards")
         store.rewards, store.terms = rescore(store, recipe.rewards, recipe.base_dir)
-    combinations = grid_recipes(store, recipe, grid)
-    base = combinations[0][1]
     if recipe.train.num_threads is not None:
         torch.set_num_threads(recipe.train.num_threads)
     data = OfflineData(store, base)
     if not len(data.eval_rows):
         raise TeaError("a sweep ranks heads on held-out rows, got none; raise data.eval_fraction")
+    check_metric(data.table, data.eval_rows, recipe.train.metric_for_best_model)
+    for text in (data.left_out, _ignored(recipe)):
+        if text is not None:
+            listener.on_note(text)
     runners = _make_runners(store, data, combinations)
     listener.on_start(1, data.total_steps)
     alive = list(runners)
@@ -145,31 +151,61 @@ def sweep(
 
 
 def grid_recipes(
-    store: StateStore, recipe: Recipe, grid: Mapping[str, Sequence[Any]]
+    store: StateStore, recipe: Recipe, grid: Mapping[str, Sequence[Any]], listener: Listener | None = None
 ) -> list[tuple[dict[str, Any], Recipe]]:
     """Settings and recipe of every combination, the last key varying fastest.
 
     Raises:
-        TeaError: for a key that cannot vary, an empty list of values, a value the recipe refuses, or a store that does not fit.
+        TeaError: for a key that cannot vary, an empty list of values, a value the recipe refuses, two combinations that are the
+            same, or a store that does not fit.
     """
+    listener = listener or Listener()
     for key, values in grid.items():
         if key.split(".")[0] not in _GROUPS or key.startswith("head.context") or key in _SHARED:
             raise TeaError(
                 f"--grid {key}: all heads of a sweep learn from the same states and minibatches, so only settings of "
                 f"{', '.join(_GROUPS)} that leave these alone can vary; sweep that one in separate runs"
             )
+        if key in _WITHOUT_EFFECT:
+            raise TeaError(
+                f"--grid {key}: a sweep takes every step and evaluates once, at the end, so that heads would not differ in it; "
+                "compare that in separate runs of tea-rl train"
+            )
         if not len(values):
             raise TeaError(f"--grid {key}: expected values, got none; write {key}=A,B")
-    raw = recipe.model_dump()
+    # Only what the recipe says itself: `fit_recipe` takes the rest from the store.
+    raw = recipe.model_dump(exclude_unset=True)
     raw["data"].update(prompts=None, dataset=None, store=str(Path(store.path).resolve()))
-    combinations = []
-    for values in itertools.product(*grid.values()):
-        settings = dict(zip(grid, values, strict=True))
+    combinations: list[tuple[dict[str, Any], Recipe]] = []
+    places = list(itertools.product(*(range(len(values)) for values in grid.values())))
+    for place in places:
+        settings = {key: values[at] for (key, values), at in zip(grid.items(), place, strict=True)}
         overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-        found = parse_recipe(raw, recipe.name, recipe.base_dir, overrides)
-        check_keys(store, recipe_keys(found))
+        source = " ".join(f"--grid {text}" for text in overrides)
+        found = parse_recipe(raw, source, recipe.base_dir, overrides, "--grid")
+        # One note is enough for all.
+        found = fit_recipe(found, store, Listener() if combinations else listener)
+        for earlier, (_, other) in zip(places, combinations, strict=False):
+            if other == found:  # perhaps in another spelling, such as 1e-4 and 0.0001
+                key = next(key for key, one, two in zip(grid, earlier, place, strict=True) if one != two)
+                raise TeaError(
+                    f"--grid {key}: expected values that differ, got {json.dumps(settings[key])} twice; remove one"
+                )
         combinations.append((settings, found))
     return combinations
+
+
+def _ignored(recipe: Recipe) -> str | None:
+    """A line about a setting that the recipe makes and a sweep does not look at; None if there is none."""
+    objective = recipe.objective
+    if "target_kl" not in objective.model_fields_set or objective.target_kl is None:
+        return None
+    if objective.name not in POLICY_GRADIENTS:
+        return None
+    return (
+        f"objective.target_kl {objective.target_kl:g} is not looked at in a sweep: every head takes all steps (tea-rl train ends "
+        "the passes there)"
+    )
 
 
 def _make_runners(
@@ -187,8 +223,7 @@ def _make_runners(
         learner = OfflineLearner(
             head, recipe.objective, recipe.anchor, recipe.train, store.temperature, data.total_steps
         )
-        signal = torch.zeros(len(store))
-        signal[data.train_rows] = row_signal(store, recipe.objective, data.train_rows)
+        signal = data.signal_of(recipe.objective)
         result = SweepResult(number, settings)
         result.parameters = sum(parameter.numel() for parameter in head.trainable_parameters())
         runners.append(_Runner(result, head, learner, signal))
@@ -253,9 +288,7 @@ def _evaluate(runners: Sequence[_Runner], data: OfflineData, metric: str | None)
     for runner, figures in zip(sound, found, strict=True):
         result = runner.result
         result.metrics = offline_metrics(figures)
-        if (
-            metric is None or metric not in result.metrics
-        ):  # no pairs, say: the heads are trained, so rank them
+        if metric is None:
             metric = next(name for name in _RANKED_BY if name in result.metrics)
         result.metric, result.value = metric, result.metrics[metric]
         result.low, result.high = bootstrap_interval(figures, metric)

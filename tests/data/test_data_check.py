@@ -93,6 +93,7 @@ def test_columns_format_and_tags(check, tmp_path):
     [
         (["--columns", "reward"], ["OURS=THEIRS", "reward=stars"]),
         (["--columns", "rewrd=reward"], ["rewrd", 'Did you mean "reward"?']),
+        (["--split", "test"], ["--split is for", "leave it out"]),
         (["--format", "chatml"], ["plain or chat", "chatml"]),
     ],
 )
@@ -108,3 +109,37 @@ def test_nothing_good_at_all(check, tmp_path):
     assert code == 2 and "0 good, 1 bad" in out and "line 1" in err
     code, _, err = check(tmp_path / "d.txt", "")
     assert code == 2 and "empty" in err
+
+
+def test_the_column_split_is_looked_at(check, tmp_path):
+    rows = [
+        {**row, "split": side} for row, side in zip(rated(1, 2, 3), ("train", "train", "test"), strict=True)
+    ]
+    code, out, _ = check(tmp_path / "d.jsonl", rows)
+    assert code == 0 and "split:    1 test, 2 train" in out
+    rows[1]["split"] = "dev"
+    del rows[2]["split"]
+    code, out, err = check(tmp_path / "e.jsonl", rows)
+    assert code == 2 and "e.jsonl line 2: column" in out and "'dev'" in out
+    assert "e.jsonl line 3" in out and "got nothing" in out
+
+
+def test_unreadable_sources_are_one_line_in_our_words(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "none").mkdir()
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed" / "a.jsonl").write_text("{}\n")
+    (tmp_path / "mixed" / "b.csv").write_text("text\na\n")
+    (tmp_path / "empty.jsonl").write_text("")
+    for source, words in (
+        ("none", ["FILE: expected a folder with data files", "without any"]),
+        ("mixed", ["several kinds (a.jsonl, b.csv)", "name one of them"]),
+        ("empty.jsonl", ["at least one row"]),
+        ("nowhere.jsonl", ["check FILE"]),
+        ("", ["blank"]),
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            main(["data", "check", source])
+        err = capsys.readouterr().err
+        assert exit_.value.code == 2 and len(err.strip().splitlines()) == 1, err
+        assert all(word in err for word in words) and "Error" not in err, err

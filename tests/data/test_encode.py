@@ -179,11 +179,13 @@ def test_tokenizer_digest_sees_the_vocabulary_and_nothing_that_use_changes(token
 
 def test_rendering_digest_sees_all_that_shapes_a_prompt(tokenizer):
     configs = [{}, {"template": "Q {prompt}"}, {"format": "chat"}, {"format": "chat", "system": "S"}]
-    digests = {rendering_digest(DataConfig(dataset="d", **config), tokenizer) for config in configs}
+    configs += [{"max_length": 9}]
+    digests = [rendering_digest(DataConfig(dataset="d", **config), tokenizer) for config in configs]
     other = tiny_tokenizer()
     other.chat_template += " "
-    digests.add(rendering_digest(DataConfig(dataset="d"), other))
-    assert len(digests) == 5
+    digests.append(rendering_digest(DataConfig(dataset="d"), other))
+    assert all(one != two for i, one in enumerate(digests) for two in digests[:i])
+    assert digests[1]["template"] == "Q {prompt}" and len(digests[0]["tokenizer"]) == 64
     same = DataConfig(store="s", eval_fraction=0.5)
     assert rendering_digest(same, tokenizer) == rendering_digest(DataConfig(dataset="d"), tokenizer)
 

@@ -313,6 +313,22 @@ def test_an_unknown_tag_without_its_r_is_seen_when_others_are_tagged(tmp_path):
     assert "line 1" in message and "unknown tag <3>" in message
 
 
+@pytest.mark.parametrize("tag", ["<rgood>", "<r=2>", "<r+>", "<r 2>", "<R2>", "<r>", "<r-good>"])
+def test_what_looks_like_a_tag_is_one(tmp_path, tag):
+    for text in (f"fine {tag}", f"{tag} fine"):
+        message = error_of(tmp_path / "d.txt", f"first\n{text}\n")
+        assert "line 2" in message and f"unknown tag {tag}" in message
+
+
+def test_markup_placeholders_and_code_are_no_tags(tmp_path):
+    texts = ["<reasoning>so</reasoning> yes", "Dear <recipient>, hello", "a Vec<R> of them", "Map<R1, R2> it"]
+    data = read(tmp_path / "d.jsonl", [{"prompt": "q", "completion": text} for text in texts])
+    assert data.format == "prompt_completion" and [row.completion for row in data.rows] == texts
+    beside = [{"prompt": "q", "completion": "a <rgood>", "reward": 1}]
+    assert facts(read(tmp_path / "e.jsonl", beside), "completion", "reward") == [("a <rgood>", 1.0)]
+    assert "unknown tag <recipient>" in error_of(tmp_path / "d.txt", texts[1] + "\nfine <r1>\n")
+
+
 # -- split ------------------------------------------------------------------------------------------------------------
 
 

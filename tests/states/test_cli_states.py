@@ -134,6 +134,48 @@ def test_inspect_a_run(tmp_path, capsys):
     assert run(capsys, "inspect", tmp_path, "--row", 4)[0] == 2
 
 
+def test_inspect_an_offline_run_shows_its_held_out_figures(tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text("{}")
+    lines = [
+        {"step": 0, "eval_loss": 2.5, "eval_kl": 0.0},
+        {"step": 1, "loss": 2.0},
+        {"step": 5, "eval_loss": 1.25},
+    ]
+    code, _, err = run(capsys, "inspect", tmp_path)
+    assert code == 2 and "it has 0 steps and neither" in err and len(err.splitlines()) == 1
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[1:2]))
+    code, _, err = run(capsys, "inspect", tmp_path)
+    assert code == 2 and "it has 1 steps and neither" in err and "metrics.jsonl" in err
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "store").mkdir()
+    code, out, err = run(capsys, "inspect", tmp_path)
+    assert code == 0 and "+2.500" in out and "+1.250" in out
+    assert f"tea-rl inspect {tmp_path / 'store'} --head" in err
+    code, out, _ = run(capsys, "inspect", tmp_path, "--json")
+    assert json.loads(out) == [
+        {"row": 0, "step": 0, "loss": 2.5, "kl": 0.0},
+        {"row": 1, "step": 5, "loss": 1.25},
+    ]
+    assert run(capsys, "inspect", tmp_path, "--row", 2)[0] == 2
+
+
+@pytest.mark.parametrize("name", ["shard-00000.jsonl", "shard-00000.safetensors", "reference.safetensors"])
+def test_inspect_and_relabel_name_a_flipped_file_that_they_read(store, head, tmp_path, capsys, name):
+    flipped = shutil.copytree(store, tmp_path / "flipped")
+    data = bytearray((flipped / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (flipped / name).write_bytes(data)
+    commands = {
+        "shard-00000.jsonl": (["inspect"], ["inspect", "--row", 3], ["relabel", "--reward", "sentiment"]),
+        "shard-00000.safetensors": (["inspect"], ["inspect", "--row", 3]),
+        "reference.safetensors": (["inspect", "--head", head],),
+    }[name]
+    for command, *options in commands:
+        code, out, err = run(capsys, command, flipped, *options)
+        assert code == 2 and f"{name} does not have the digest" in err and not out, (command, out, err)
+        assert len(err.splitlines()) == 1
+
+
 def test_every_mistake_is_one_line(folder, store, head, tmp_path, capsys):
     torn = shutil.copytree(store, tmp_path / "torn")
     shard = torn / "shard-00000.safetensors"

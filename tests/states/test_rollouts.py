@@ -1,15 +1,19 @@
 """Rollouts in the store: what was sampled, with behaviour log-probabilities, and a killed rollout that continues."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 import yaml
+from stores import Stop, contents
 from tiny import save_tiny
 
 from tea_rl import DecodeSettings, TeaHead, generate, load_backbone
 from tea_rl.errors import TeaError
-from tea_rl.recipe import load_recipe
+from tea_rl.recipe import RewardSpec, load_recipe
 from tea_rl.states import StateStore, StoreWriter
+from tea_rl.states.relabel import relabel
 from tea_rl.states.rollouts import write_rollouts
 
 
@@ -33,10 +37,6 @@ def setting(tmp_path_factory):
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path, load_backbone(str(model), dtype="float32", device="cpu")
-
-
-def contents(folder):
-    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "store.lock"}
 
 
 @pytest.fixture
@@ -124,10 +124,6 @@ def test_context_states_are_wide(setting, tmp_path):
     torch.testing.assert_close(tokens.states, wide, atol=1e-4, rtol=1e-4)
 
 
-class Stop(Exception):
-    pass
-
-
 def test_a_stopped_rollout_continues_to_the_same_bytes(setting, tmp_path, monkeypatch):
     path, backbone = setting
     recipe = load_recipe(path)
@@ -168,3 +164,18 @@ def test_mistakes(setting, noisy_head, tmp_path):
         write_rollouts(offline, tmp_path / "none", backbone=backbone)
     assert not (tmp_path / "none").exists()
     assert len(StateStore.open(tmp_path / "store")) == 12
+
+
+def test_mending_keeps_the_rewards_of_relabel_and_the_number_of_steps(setting, tmp_path):
+    path, backbone = setting
+    recipe = load_recipe(path)
+    run = partial(write_rollouts, recipe, tmp_path / "store", backbone=backbone, shard_tokens=40)
+    run(2)
+    rewards = relabel(tmp_path / "store", [RewardSpec(name="sentiment", weight=-3.0)]).rewards
+    before = contents(tmp_path / "store")
+    (tmp_path / "store" / "shard-00001.jsonl").unlink()
+    for steps in (1, 3):
+        with pytest.raises(TeaError, match=f"complete store of 2 steps, got {steps}; give --steps 2"):
+            run(steps)
+    assert np.array_equal(run(2).rewards, rewards)
+    assert contents(tmp_path / "store") == before

@@ -1,72 +1,19 @@
 """The store: what goes in comes out, damage is named, a mistake is one line."""
 
-import json
-import shutil
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
-import yaml
 from safetensors import safe_open
-from tiny import save_tiny, tiny_backbone
+from stores import ROWS, Stop, contents, embed, write_recipe
+from tiny import tiny_backbone
 
 from tea_rl.errors import TeaError
 from tea_rl.head.config import HeadConfig
 from tea_rl.recipe import RewardSpec, load_recipe
-from tea_rl.states import StateStore, StoredRow, StoreHeader, StoreWriter, check_keys, recipe_keys
-from tea_rl.states.embed import embed as embed_with
+from tea_rl.states import StateStore, StoredRow, StoreHeader, StoreWriter
 from tea_rl.states.embed import plan_batches
 from tea_rl.states.labelling import TokenLabeller
 from tea_rl.states.relabel import relabel
-
-# Small batches and shards, so that a few rows make several of each.
-embed = partial(embed_with, batch_tokens=100, shard_tokens=100)
-ROWS = [
-    {
-        "prompt": f"question {i % 9}:",
-        "completion": " yes" * (1 + i % 5),
-        "reward": (i % 5) / 4 - 0.5,
-        "extra": i,
-    }
-    for i in range(40)
-]
-
-
-def write_recipe(folder, model, rows=ROWS, **changes):
-    """A recipe over labelled rows in ``folder``, and its path."""
-    data = folder / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = {
-        "model": {"name_or_path": str(model), "dtype": "float32"},
-        "head": {"shortlist_size": 100},
-        "data": {"dataset": str(data)},
-        "objective": {"name": "reward_weighted"},
-        "train": {"num_threads": 1},
-    }
-    for key, value in changes.items():
-        settings[key] = {**settings.get(key, {}), **value} if isinstance(value, dict) else value
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return path
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_tiny("llama", tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory, model):
-    """A store in several shards, its recipe and folder; tests copy it before they change it."""
-    folder = tmp_path_factory.mktemp("made")
-    recipe = load_recipe(write_recipe(folder, model))
-    return embed(recipe, folder / "store"), recipe, folder
-
-
-@pytest.fixture
-def copy(made, tmp_path):
-    return shutil.copytree(made[0].path, tmp_path / "store")
 
 
 @pytest.fixture(scope="module")
@@ -221,168 +168,6 @@ def test_overhead_is_small(tmp_path, backbone):
         writer.finish()
     raw = len(states) * (32 * 4 + 64 * 8 + 7 * 4) + backbone.reference.weight.nbytes
     assert sum(file.stat().st_size for file in folder.iterdir()) < 1.15 * raw
-
-
-# -- continuing, damage, keys -----------------------------------------------------------------------------------------
-
-
-def contents(folder):
-    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "store.lock"}
-
-
-class Stop(Exception):
-    pass
-
-
-def test_a_stopped_embed_continues_to_the_same_bytes(made, tmp_path, monkeypatch):
-    store, recipe, _ = made
-    append, calls = StoreWriter.append, []
-
-    def stopping(self, rows, tokens):
-        calls.append(len(rows))
-        if len(calls) % 5 == 0:  # a shard or so further with every call
-            raise Stop
-        append(self, rows, tokens)
-
-    monkeypatch.setattr(StoreWriter, "append", stopping)
-    for _ in range(100):
-        try:
-            embed(recipe, tmp_path / "store")
-            break
-        except Stop:
-            with pytest.raises(TeaError, match="not complete .* it continues"):
-                StateStore.open(tmp_path / "store")
-    assert contents(tmp_path / "store") == contents(store.path)
-
-
-def test_leftovers_are_removed(copy, made):
-    (copy / "shard-00077.safetensors").write_bytes(b"torn")
-    (copy / ".shard-00001.safetensors.tmp-99").write_bytes(b"torn")
-    embed(made[1], copy)
-    assert contents(copy) == contents(made[0].path)
-
-
-def test_a_complete_store_is_only_opened(copy, made, monkeypatch):
-    monkeypatch.setattr(StoreWriter, "append", lambda *a: pytest.fail("wrote"))
-    assert len(embed(made[1], copy)) == len(ROWS)
-
-
-@pytest.mark.parametrize("flipped", [True, False])
-def test_a_damaged_shard_is_named_and_mended_by_embed(copy, made, flipped):
-    path = copy / "shard-00001.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-5] ^= 1
-    path.write_bytes(data if flipped else data[:-9])
-    with pytest.raises(TeaError, match="damaged in shard-00001: shard-00001.safetensors") as error:
-        StateStore.open(copy)
-    assert "\n" not in str(error.value)
-    if flipped:
-        StateStore.open(copy, verify=False)  # the size is right
-    embed(made[1], copy)
-    assert contents(copy) == contents(made[0].path)
-
-
-@pytest.mark.parametrize("name", ["shard-00002.jsonl", "reference.safetensors"])
-def test_a_missing_file_is_named(copy, name):
-    (copy / name).unlink()
-    with pytest.raises(TeaError, match=f"{name} is missing"):
-        StateStore.open(copy)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"format_version": 1}', '{"format_version": 99}'])
-def test_a_bad_manifest_is_one_line(copy, text):
-    (copy / "manifest.json").write_text(text)
-    with pytest.raises(TeaError, match="not the manifest of a state store") as error:
-        StateStore.open(copy)
-    assert "\n" not in str(error.value)
-
-
-def test_no_store(tmp_path):
-    for path in (tmp_path, tmp_path / "none"):
-        with pytest.raises(TeaError, match="expected a state store in"):
-            StateStore.open(path)
-
-
-def test_another_recipe_model_or_data_is_refused_by_name(copy, made, tmp_path, model):
-    _, recipe, folder = made
-    path = folder / "recipe.yaml"
-    for override, name in (
-        ("rollout.temperature=0.5", "temperature is 1.0 there and 0.5 here"),
-        ("data.template='Q: {prompt}'", "rendering_digest"),
-        ("head.shortlist_size=20", "shortlist_size is 100 there and 20 here"),
-        ("model.dtype=bfloat16", "dtype is float32 there and bfloat16 here"),
-        ("head.context.layers=[-1]", "context"),
-        ("data.max_length=15", "digest of data and settings"),
-    ):
-        with pytest.raises(TeaError, match=name) as error:
-            embed(load_recipe(path, [override]), copy)
-        assert "\n" not in str(error.value)
-    other = save_tiny("llama", tmp_path, seed=1)
-    with pytest.raises(TeaError, match="reference_digest is .* there and .* here"):
-        embed(load_recipe(path, [f"model.name_or_path={other}"]), copy)
-    # A sibling with the same output layer, fine-tuned further down.
-    sibling = shutil.copytree(model, tmp_path / "sibling")
-    from safetensors.torch import load_file, save_file
-
-    weights = load_file(sibling / "model.safetensors")
-    weights["model.layers.0.mlp.up_proj.weight"].add_(0.01)
-    save_file(weights, sibling / "model.safetensors", {"format": "pt"})
-    with pytest.raises(TeaError, match="made otherwise: body_digest is"):
-        embed(load_recipe(path, [f"model.name_or_path={sibling}"]), copy)
-
-
-def test_check_keys(made):
-    store, recipe, folder = made
-    check_keys(store, recipe_keys(recipe))
-    for size in ("all", "auto"):
-        check_keys(store, recipe_keys(load_recipe(folder / "recipe.yaml", [f"head.shortlist_size={size}"])))
-    wrong = load_recipe(folder / "recipe.yaml", ["rollout.temperature=2", "head.context.layers=[1]"])
-    with pytest.raises(TeaError, match="temperature is 1.0 there and 2.0 here, context is"):
-        check_keys(store, recipe_keys(wrong))
-
-
-def test_foreign_folders_are_left_alone(made, tmp_path):
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(TeaError, match="holds thesis.tex"):
-        embed(made[1], tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
-    with pytest.raises(TeaError, match="is a file"):
-        embed(made[1], tmp_path / "thesis.tex")
-
-
-def test_two_writers(made, tmp_path):
-    header = StoreHeader("dataset", {}, "s", 32, 32, 320, 12, 1.0, 1.0)
-    reference = made[0].reference()
-    with (
-        StoreWriter.create_or_continue(tmp_path / "store", header, reference),
-        pytest.raises(TeaError, match="in use by process"),
-    ):
-        StoreWriter.create_or_continue(tmp_path / "store", header, reference)
-
-
-def test_disk_full(made, tmp_path, monkeypatch):
-    import errno
-
-    from tea_rl.states import writer
-
-    real, calls = writer.write_tensors, []
-
-    def full(path, pieces):
-        calls.append(path)
-        if len(calls) == 3:  # reference, first shard, second shard
-            path.write_bytes(b"half")
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        return real(path, pieces)
-
-    monkeypatch.setattr(writer, "write_tensors", full)
-    with pytest.raises(TeaError, match="could not write shard-00001 .* free some space, then run the same"):
-        embed(made[1], tmp_path / "store")
-    assert not list((tmp_path / "store").glob(".*"))
-    assert embed(made[1], tmp_path / "store").num_tokens == made[0].num_tokens
-    assert contents(tmp_path / "store") == contents(made[0].path)
-
-
-# -- rewards ----------------------------------------------------------------------------------------------------------
 
 
 def test_recipe_rewards_replace_labels(tmp_path, model):

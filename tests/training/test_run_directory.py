@@ -176,3 +176,25 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     (tmp_path / ".metrics.jsonl.tmp-123").write_text("half")
     RunDirectory.create(tmp_path, resume=True).close()
     assert [entry.name for entry in tmp_path.iterdir()] == ["run.lock"]
+
+
+def test_a_lock_whose_file_was_removed_is_nobodys(tmp_path, monkeypatch):
+    """Its holder ends and removes the file between our opening it and our locking it."""
+    path = tmp_path / "lock"
+    first = files.take_lock(path)
+    real, opened = os.open, []
+
+    def opening(*args):
+        opened.append(real(*args))
+        if len(opened) == 1:
+            files.drop_lock(path, first)
+        return opened[-1]
+
+    monkeypatch.setattr(files.os, "open", opening)
+    second = files.take_lock(path)
+    monkeypatch.undo()
+    assert len(opened) == 2 and path.read_text() == f"{os.getpid()}\n"
+    with pytest.raises(TeaError, match=f"in use by process {os.getpid()}"):
+        files.take_lock(path)
+    files.drop_lock(path, second)
+    assert not path.exists()

@@ -14,6 +14,7 @@ from tea_rl.errors import TeaError
 from tea_rl.head.shared import shared_corrections
 from tea_rl.states.embed import embed
 from tea_rl.training.online import train
+from tea_rl.training.progress import Listener
 from tea_rl.training.sweep import sweep
 
 ROWS = [
@@ -101,6 +102,14 @@ def test_a_stop_still_saves(made, tmp_path):
         ({"head.num_members": [1, "many"]}, "num_members"),
         ({"head.shortlist_size": [48, 24]}, "shortlist_size"),
         ({"head.num_members": []}, "expected values"),
+        ({"head.num_members": [1, "many"]}, "^--grid head.num_members="),
+        ({"head.num_members": [4, 1, 4]}, "head.num_members: expected values that differ, got 4 twice"),
+        (
+            {"head.num_members": [1, 4], "train.learning_rate": ["1e-4", 1e-4]},
+            "train.learning_rate: .* twice",
+        ),
+        ({"train.eval_steps": [1, 2]}, "would not differ"),
+        ({"objective.target_kl": [0.1, 0.2]}, "would not differ"),
     ],
 )
 def test_bad_grids_are_one_line(made, tmp_path, grid, message):
@@ -158,5 +167,23 @@ def test_a_misspelt_metric_is_refused_before_the_work(made, tmp_path):
     store, path = made
     found = load_recipe(str(path), ["train.metric_for_best_model=eval_los"])
     with pytest.raises(TeaError, match='Did you mean "eval_loss"'):
+        sweep(store, found, {"train.learning_rate": [1e-3]}, tmp_path / "sweep")
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_trust_region_that_is_not_looked_at_is_said(made, tmp_path):
+    store, path = made
+    notes = []
+    listener = Listener()
+    listener.on_note = notes.append
+    found = load_recipe(str(path), ["objective.name=reinforce", "objective.target_kl=0.1"])
+    sweep(store, found, {"head.num_members": [1]}, tmp_path / "sweep", listener)
+    assert any("target_kl 0.1 is not looked at" in text for text in notes)
+
+
+def test_a_metric_that_the_rows_cannot_give_is_refused_before_the_work(made, tmp_path):
+    store, path = made
+    found = load_recipe(str(path), ["train.metric_for_best_model=eval_pair_accuracy"])
+    with pytest.raises(TeaError, match="needs whole preference pairs"):
         sweep(store, found, {"train.learning_rate": [1e-3]}, tmp_path / "sweep")
     assert not (tmp_path / "sweep").exists()
