@@ -14,9 +14,11 @@ from tea_rl.cli import (
     data,
     doctor,
     embed,
+    envs,
     evaluate,
     generate,
     inspect,
+    play,
     recipes,
     relabel,
     rollout,
@@ -84,6 +86,8 @@ app.command("rollout")(rollout.rollout)
 app.command("inspect")(inspect.inspect)
 app.command("relabel")(relabel.relabel)
 app.command("sweep")(sweep.sweep)
+app.command("envs")(envs.envs)
+app.command("play")(play.play)
 
 
 def main(args: Sequence[str] | None = None) -> None:
