@@ -32,7 +32,7 @@ def save_pretrained(head: TeaHead, folder: str | Path) -> None:
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = {
+    config: dict[str, Any] = {
         "tea_rl_version": tea_rl.__version__,
         "base_model_name_or_path": head.base_model_name_or_path,
         "reference_digest": head.reference_digest,
@@ -43,6 +43,12 @@ def save_pretrained(head: TeaHead, folder: str | Path) -> None:
         "strength": head.strength,
         "head": head.config.model_dump(),
     }
+    asked = head.asked_return
+    if head.config.return_conditioning:
+        # Of returns for the rows of a batch none is worth keeping.
+        config["asked_return"] = asked.item() if asked is not None and asked.dim() == 0 else None
+    else:
+        del config["head"]["return_conditioning"]
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     save_file({name: value.contiguous() for name, value in head.head_state().items()}, folder / WEIGHTS_NAME)
     (folder / "README.md").write_text(_model_card(config), encoding="utf-8")
@@ -66,6 +72,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
         HeadConfig(**config["head"])
         config["strength"] = float(config.get("strength", 1.0))
+        asked = config.get("asked_return")
+        config["asked_return"] = None if asked is None else float(asked)
         config["base_model_settings"] = dict(config.get("base_model_settings") or {})
         for name, kind in (("reference_digest", str), ("hidden_size", int), ("vocab_size", int)):
             if not isinstance(config[name], kind):
@@ -100,6 +108,7 @@ def from_pretrained(folder: str | Path, backbone: Backbone) -> TeaHead:
     head = TeaHead.for_backbone(backbone, HeadConfig(**config["head"]))
     load_weights(head, Path(folder) / WEIGHTS_NAME)
     head.strength = config["strength"]
+    head.set_return(config["asked_return"])
     return head.eval()
 
 
@@ -155,6 +164,9 @@ def push_to_hub(head: TeaHead, repo_id: str, *, private: bool = False, token: st
 
 def _model_card(config: dict[str, Any]) -> str:
     base, head = config["base_model_name_or_path"], config["head"]
+    steering = ""
+    if head.get("return_conditioning"):
+        steering = "\nhead.set_return(1.0)  # the return to aim at, in units of the training rewards"
     return f"""---
 base_model: {base}
 library_name: tea-rl
@@ -171,7 +183,7 @@ A Tail Embedding Adapter: {head["num_members"]} residual networks ({head["member
 from tea_rl import load_backbone, TeaHead
 
 backbone = load_backbone("{base}")
-head = TeaHead.from_pretrained("path/to/this/folder", backbone)
+head = TeaHead.from_pretrained("path/to/this/folder", backbone){steering}
 backbone.install(head)
 ```
 """

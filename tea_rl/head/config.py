@@ -87,6 +87,11 @@ class HeadConfig(BaseModel):
     context: ContextConfig = Field(
         default_factory=ContextConfig, description="Running means that members also read; off by default."
     )
+    return_conditioning: bool = Field(
+        False,
+        description="Let a desired return steer the policy: it scales and shifts what members read; for offline training on "
+        "completions of all qualities.",
+    )
     train_reference: bool = Field(
         False, description="Also train a copy of the reference head; needs anchor.conservativity 0."
     )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tea_rl.head.config import HeadConfig
+from tea_rl.head.returns import ReturnModulation
 
 #: The tail shift is one number against a sum of hundreds, so its readout row is read at this gain: at equal learning
 #: rates the shift would otherwise lag far behind the shortlist corrections.
@@ -21,18 +22,13 @@ VOCAB_READOUT_GAIN = 10.0
 KEY_SCALE = 2.0
 
 
-class PackedMembers(nn.Module):
-    """``K`` dense-concat residual networks and their joint readout.
+class PackedFeatures(nn.Module):
+    """``K`` dense-concat networks without a readout: what members make of a state.
 
     A member is LayerNorm over its features, then layers whose outputs are *all* concatenated for the readout. A layer is
 
     * ``mlp``: ``SiLU(x W + b)``;
     * ``memory``: a lookup in learned keys and values, ``softmax((x W + b) . keys / sqrt(width)) @ values``.
-
-    The readout makes ``g``, what a correction is read from. ``tied``: one matrix shared by the whole ensemble, and the
-    reference head reads ``g``. ``vocab``: each member projects to ``readout_rank`` numbers, and the rows of
-    ``vocab_readout`` (all members' vocabulary projections side by side) read them. The matrix nearest the logits starts at
-    zero, so a fresh ensemble corrects nothing at all.
 
     With context on, a state is ``1 + num_means`` blocks of width ``D`` side by side (the hidden state, then the running
     means); each block has a normalisation and a feature subset of its own, lest one of larger scale drown the others.
@@ -40,21 +36,20 @@ class PackedMembers(nn.Module):
     Args:
         config: shape and regularisation.
         hidden_size: ``D`` of the backbone.
-        seed: of the initialisation (weights, feature subsets, random widths).
-        vocab_size: ``V``; needed by ``readout: vocab`` only.
+        rng: draws weights, feature subsets and random widths.
+
+    Attributes:
+        packed_width: ``S``.
     """
 
     feature_index: Tensor | None
     widths: Tensor
 
-    def __init__(
-        self, config: HeadConfig, hidden_size: int, seed: int = 0, vocab_size: int | None = None
-    ) -> None:
+    def __init__(self, config: HeadConfig, hidden_size: int, rng: torch.Generator) -> None:
         super().__init__()
         self.config = config
         self.hidden_size = hidden_size
         self.num_blocks = 1 + config.context.num_means
-        rng = torch.Generator().manual_seed(seed)
         num_members = config.num_members
         block_features = max(1, round(config.feature_fraction * hidden_size))
         num_features = block_features * self.num_blocks
@@ -92,31 +87,29 @@ class PackedMembers(nn.Module):
                 self.keys.append(nn.Parameter(torch.randn(shape, generator=rng) * KEY_SCALE * mask))
                 self.values.append(nn.Parameter(torch.randn(shape, generator=rng) * mask))
             fan_in, packed_in = width, packed_out
-        packed_width = sum(bias.shape[-1] for bias in self.biases)
-        #: Its last row reads the tail shift; the rows before it (none with ``vocab``) read ``g``.
-        rows = hidden_size if config.readout == "tied" else 0
-        self.readout = nn.Parameter(torch.zeros(rows + 1, num_members * packed_width))
-        if config.readout == "vocab":
-            if vocab_size is None:
-                raise ValueError("readout vocab needs vocab_size")
-            rank = config.readout_rank
-            down = torch.randn(num_members, packed_width, rank, generator=rng) * packed_width**-0.5
-            self.rank_readout = nn.Parameter(down)
-            self.vocab_readout = nn.Parameter(torch.zeros(vocab_size, num_members * rank))
+        self.packed_width = sum(bias.shape[-1] for bias in self.biases)
+        self.modulation = ReturnModulation(num_members, num_features) if config.return_conditioning else None
 
-    def features(self, hidden_states: Tensor) -> Tensor:
+    def features(self, hidden_states: Tensor, returns: Tensor | None = None) -> Tensor:
         """Concatenated layer outputs of every member.
 
         Shape:
-            hidden_states ``(N, D * (1 + num_means))``; returns ``(K, N, S)`` in float32.
+            hidden_states ``(N, D * (1 + num_means))``; desired returns ``(N,)``, or ``()`` for all positions, of effect with
+            ``return_conditioning`` only; returns ``(K, N, S)`` in float32.
         """
         x = self._normalised(hidden_states.float())
+        scale, shift = self.norm_scale, self.norm_shift
+        if returns is not None and self.modulation is not None:
+            gamma, beta = self.modulation(returns)
+            scale, shift = scale + gamma, shift + beta
+            if scale.shape[1] > 1:
+                x = torch.addcmul(shift, x, scale)
         outputs = []
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            if layer == 0:
+            if layer == 0 and scale.shape[1] == 1:
                 # The affine part of the norm is folded into the first product: (x s + t) W = x (s W) + t W.
-                bias = bias + self.norm_shift @ weight
-                weight = self.norm_scale.transpose(1, 2) * weight
+                bias = bias + shift @ weight
+                weight = scale.transpose(1, 2) * weight
             x = torch.baddbmm(bias, x, weight)
             # Members narrower than the pack must not read their padding.
             mask = _unit_mask(self.widths[:, layer], x.shape[-1]) if self.config.random_widths else None
@@ -145,29 +138,65 @@ class PackedMembers(nn.Module):
         blocks = states[:, self.feature_index].transpose(0, 1).unflatten(-1, (self.num_blocks, -1))
         return F.layer_norm(blocks, blocks.shape[-1:]).flatten(-2)
 
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+
+class PackedMembers(PackedFeatures):
+    """`PackedFeatures` and their joint readout.
+
+    The readout makes ``g``, what a correction is read from. ``tied``: one matrix shared by the whole ensemble, and the
+    reference head reads ``g``. ``vocab``: each member projects to ``readout_rank`` numbers, and the rows of
+    ``vocab_readout`` (all members' vocabulary projections side by side) read them. The matrix nearest the logits starts at
+    zero, so a fresh ensemble corrects nothing at all.
+
+    Args:
+        config: shape and regularisation.
+        hidden_size: ``D`` of the backbone.
+        seed: of the initialisation (weights, feature subsets, random widths).
+        vocab_size: ``V``; needed by ``readout: vocab`` only.
+    """
+
+    def __init__(
+        self, config: HeadConfig, hidden_size: int, seed: int = 0, vocab_size: int | None = None
+    ) -> None:
+        rng = torch.Generator().manual_seed(seed)
+        super().__init__(config, hidden_size, rng)
+        num_members = config.num_members
+        packed_width = self.packed_width
+        #: Its last row reads the tail shift; the rows before it (none with ``vocab``) read ``g``.
+        rows = hidden_size if config.readout == "tied" else 0
+        self.readout = nn.Parameter(torch.zeros(rows + 1, num_members * packed_width))
+        if config.readout == "vocab":
+            if vocab_size is None:
+                raise ValueError("readout vocab needs vocab_size")
+            rank = config.readout_rank
+            down = torch.randn(num_members, packed_width, rank, generator=rng) * packed_width**-0.5
+            self.rank_readout = nn.Parameter(down)
+            self.vocab_readout = nn.Parameter(torch.zeros(vocab_size, num_members * rank))
+
+    def forward(self, hidden_states: Tensor, returns: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What the correction is read from, ``g``, and the tail shift ``b`` of DESIGN section 3.
 
         Shape:
-            hidden_states ``(N, D * (1 + num_means))``; returns ``g`` ``(N, D)`` (``vocab``: ``(N, K * readout_rank)``) and
-            ``b`` ``(N,)``, float32.
+            hidden_states ``(N, D * (1 + num_means))``; desired returns as in `features`; returns ``g`` ``(N, D)`` (``vocab``:
+            ``(N, K * readout_rank)``) and ``b`` ``(N,)``, float32.
         """
-        features = self.features(hidden_states) * self._member_scales(hidden_states.device)
+        features = self.features(hidden_states, returns) * self._member_scales(hidden_states.device)
         out = features.transpose(0, 1).flatten(1) @ self.readout.t()
         shift = out[:, -1] * TAIL_SHIFT_GAIN
         if self.config.readout == "tied":
             return out[:, :-1], shift
         return (features @ self.rank_readout).transpose(0, 1).flatten(1) * VOCAB_READOUT_GAIN, shift
 
-    def corrections_per_member(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    def corrections_per_member(
+        self, hidden_states: Tensor, returns: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """What each member alone would answer if all ``K`` members were like it.
 
         Shape:
-            hidden_states ``(N, D * (1 + num_means))``; returns ``g`` of each, ``(K, N, D)`` (``vocab``: ``(K, N, K *
-            readout_rank)``, zero outside the member's own columns), and ``(K, N)``, float32. Their mean over ``K`` is
-            `forward` without dropout.
+            hidden_states ``(N, D * (1 + num_means))``; desired returns as in `features`; returns ``g`` of each, ``(K, N, D)``
+            (``vocab``: ``(K, N, K * readout_rank)``, zero outside the member's own columns), and ``(K, N)``, float32. Their
+            mean over ``K`` is `forward` without dropout.
         """
-        features = self.features(hidden_states)
+        features = self.features(hidden_states, returns)
         num_members = self.config.num_members
         if self.config.aggregation == "sum":
             features = features * num_members

@@ -45,19 +45,26 @@ def shares_product(head: TeaHead) -> bool:
     return not head.full_vocabulary and head.config.readout == "tied" and head.reference_delta is None
 
 
-def shared_corrections(heads: Sequence[TeaHead], states: Tensor, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+def shared_corrections(
+    heads: Sequence[TeaHead], states: Tensor, ids: Tensor, returns: Tensor | None = None
+) -> list[tuple[Tensor, Tensor]]:
     """`TeaHead.shortlist_correction` of several heads over the same states and shortlists.
 
     Heads that read their correction through one and the same frozen weight share its gathered rows, forward and backward; the
-    others compute their own product. The gradients of the heads do not mix, even where one of them is not finite.
+    others compute their own product. Desired returns are for the heads with ``return_conditioning``. The gradients of the heads do not mix, even where one of them is not finite.
 
     Shape:
-        states ``(N, W)``, ids ``(N, k)``; returns, for each head, ``(N, k)`` and ``(N,)``.
+        states ``(N, W)``, ids ``(N, k)``, desired returns ``()`` or ``(N,)``; returns, for each head, ``(N, k)`` and ``(N,)``.
     """
+    asked = [returns if head.config.return_conditioning else None for head in heads]
     together = [head for head in heads if shares_product(head) and head.weight is heads[0].weight]
     if len(together) < 2:
-        return [head.shortlist_correction(states, ids) for head in heads]
-    read = {id(head): head.members(states) for head in together}
+        return [head.shortlist_correction(states, ids, own) for head, own in zip(heads, asked, strict=True)]
+    read = {
+        id(head): head.read_members(states, own)
+        for head, own in zip(heads, asked, strict=True)
+        if head in together
+    }
     products = _SharedProduct.apply(
         torch.stack([g for g, _ in read.values()], dim=1), heads[0].weight, ids
     ).unbind(dim=1)
@@ -65,6 +72,6 @@ def shared_corrections(heads: Sequence[TeaHead], states: Tensor, ids: Tensor) ->
     return [
         (head.logit_scale * products[place[id(head)]], read[id(head)][1])
         if id(head) in read
-        else head.shortlist_correction(states, ids)
-        for head in heads
+        else head.shortlist_correction(states, ids, own)
+        for head, own in zip(heads, asked, strict=True)
     ]
