@@ -215,6 +215,15 @@ class AnchorConfig(_Group):
     divergence: Literal["reverse_kl", "forward_kl", "logit_l1"] = Field(
         "reverse_kl", description="Distance to the original model, computed exactly."
     )
+    dataset: str | None = Field(
+        None,
+        min_length=1,
+        description="Offline: ordinary text on which the policy is held to the original model, instead of on the rows it learns "
+        "from; any source that data.dataset takes.",
+    )
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="Settings of that source.")
+    size: int | None = Field(None, ge=2, description="Rows of it to use, the first ones; null = all.")
+    minibatch_tokens: int = Field(256, ge=1, description="Tokens of it in each optimizer step, about.")
 
 
 class TrainConfig(_Group):
@@ -336,6 +345,12 @@ class Recipe(_Group):
             raise TeaError(
                 "head.train_reference needs anchor.conservativity 0 (the anchor would hold on to a moving reference), got "
                 f"{self.anchor.conservativity:g}; set one of them."
+            )
+        if self.anchor.dataset is not None and (not self.offline or self.anchor.conservativity == 0):
+            lacks = "data.dataset or data.store" if not self.offline else "anchor.conservativity above 0"
+            raise TeaError(
+                f"anchor.dataset is text to stay close to the original model on while learning offline and needs {lacks}, got "
+                f"{'data.prompts' if not self.offline else '0'}; set that or delete anchor.dataset."
             )
         if self.rollout.num_generations == 1 and self.objective.name in ("grpo", "rloo"):
             raise TeaError(

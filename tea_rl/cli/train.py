@@ -74,10 +74,6 @@ def train(
     quiet_transformers()
     from tea_rl.training.online import train as run_training
 
-    if resume:
-        from tea_rl.training.manifest import check_same_recipe
-
-        check_same_recipe(output, loaded)  # before a model is loaded
     with StopOnSignal() as stop, TrainingDisplay(stop) as display:
         result = run_training(loaded, output, resume=resume, listener=display, should_stop=stop)
     if result.stopped:

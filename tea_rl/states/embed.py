@@ -13,15 +13,15 @@ from torch import Tensor
 
 from tea_rl.backbone import Backbone, load_backbone
 from tea_rl.data.encode import EncodedRow, encode_rows
-from tea_rl.data.labelled import LabelledRow, read_labelled, row_groups
+from tea_rl.data.labelled import LabelledData, LabelledRow, read_labelled, row_groups
 from tea_rl.data.prompts import prompt_text
 from tea_rl.errors import TeaError
 from tea_rl.head.context import ContextState
-from tea_rl.recipe import Recipe
+from tea_rl.recipe import AnchorConfig, DataConfig, Recipe
 from tea_rl.rewards import RewardBatch, load_rewards
 from tea_rl.states.keys import store_keys
 from tea_rl.states.labelling import TokenLabeller
-from tea_rl.states.manifest import StoreHeader
+from tea_rl.states.manifest import ANCHOR_NAME, StoreHeader
 from tea_rl.states.rows import StoredRow
 from tea_rl.states.store import StateStore
 from tea_rl.states.writer import SHARD_TOKENS, StoreWriter
@@ -47,7 +47,8 @@ def embed(
 
     Killed at any moment and called again, it goes on after what was on disk, at most about half a minute of work earlier,
     and ends with the same bytes. Called again when it is done, it mends what is damaged, or only opens the store; rewards
-    that `relabel` put in force stay. Rewards named in the recipe replace those of the data.
+    that `relabel` put in force stay. Rewards named in the recipe replace those of the data. Text that the recipe anchors on
+    becomes a store of its own inside the other one (`ANCHOR_NAME`).
 
     Args:
         recipe: gives data, model, temperature, context and shortlist size.
@@ -69,9 +70,48 @@ def embed(
         torch.set_num_threads(recipe.train.num_threads)
     data = read_labelled(recipe.data.dataset, recipe.data.kwargs, recipe.data.columns)
     scored = score_rows(recipe, data.rows)  # before the model, so that a wrong reward is answered at once
+    anchor = None if recipe.anchor.dataset is None else read_anchor(recipe.anchor)
     if backbone is None:
         listener.on_note(f"loading {recipe.model.name_or_path}")
         backbone = load_backbone(**recipe.model.model_dump(), notify=listener.on_note)
+    output, sizes = Path(output), (batch_tokens, shard_tokens)
+    _embed_rows(recipe, data, scored, backbone, output, listener, *sizes)
+    if anchor is not None:
+        listener.on_note(
+            f"the text of {recipe.anchor.dataset}, on which the policy is held to the original model"
+        )
+        plain = recipe.model_copy(update={"data": DataConfig(dataset=recipe.anchor.dataset)})
+        _embed_rows(plain, anchor, None, backbone, output / ANCHOR_NAME, listener, *sizes)
+    # The writer has compared or computed every digest; reading compares those of the files that are read once more.
+    return StateStore.open(output, verify=False)
+
+
+def read_anchor(config: AnchorConfig) -> LabelledData:
+    """The text of ``anchor.dataset`` as rows without prompt or label: every token of it is one to be held.
+
+    Raises:
+        TeaError: if it cannot be read.
+    """
+    assert config.dataset is not None
+    found = read_labelled(config.dataset, config.kwargs, {})
+    rows = [
+        LabelledRow("", (prompt_text(row.prompt) + row.completion).strip(), place=row.place)
+        for row in found.rows[: config.size]
+    ]
+    return LabelledData("text", rows, found.source)
+
+
+def _embed_rows(
+    recipe: Recipe,
+    data: LabelledData,
+    scored: RewardBatch | None,
+    backbone: Backbone,
+    output: Path,
+    listener: Listener,
+    batch_tokens: int,
+    shard_tokens: int,
+) -> None:
+    """The store of some rows, begun, continued, mended or left alone."""
     encoded, report = encode_rows(
         data, recipe.data, backbone.tokenizer, end_token(backbone), backbone.max_length
     )
@@ -86,8 +126,6 @@ def embed(
         else:
             _write_batches(writer, backbone, recipe, encoded, rows, batches, listener)
             writer.finish({"rows": report.rows, "truncated": report.truncated, "dropped": report.dropped})
-    # The writer has compared or computed every digest; reading compares those of the files that are read once more.
-    return StateStore.open(output, verify=False)
 
 
 def make_header(recipe: Recipe, backbone: Backbone, kind: str, source: str) -> StoreHeader:

@@ -17,6 +17,8 @@ from tea_rl.training.files import atomic_write_text
 MANIFEST_NAME = "manifest.json"
 REFERENCE_NAME = "reference.safetensors"
 LOCK_NAME = "store.lock"
+#: Folder inside a store with the states of the recipe's ``anchor.dataset``: a store of its own.
+ANCHOR_NAME = "anchor"
 FORMAT_VERSION = 2
 
 

@@ -23,7 +23,7 @@ from tea_rl.training.checkpoint import (
     save_checkpoint,
     save_optimizer,
 )
-from tea_rl.training.manifest import BaseModelFacts, build_manifest, check_same_run
+from tea_rl.training.manifest import BaseModelFacts, build_manifest, check_same_recipe, check_same_run
 from tea_rl.training.optimization import HeadOptimizer
 from tea_rl.training.plots import write_curves
 from tea_rl.training.progress import Listener
@@ -74,6 +74,10 @@ class TrainingLoop:
 
     def __init__(self, recipe: Recipe, run: RunDirectory, listener: Listener, resume: bool) -> None:
         self.recipe, self.run, self.listener, self.resume = recipe, run, listener, resume
+        if resume:
+            check_same_recipe(
+                run.path, recipe
+            )  # once more later, with model and data; this one costs nothing
         if recipe.train.num_threads is not None:
             torch.set_num_threads(recipe.train.num_threads)
         self.checkpoint = newest_checkpoint(run.path) if resume else None

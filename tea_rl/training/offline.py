@@ -22,12 +22,12 @@ from tea_rl.errors import TeaError, did_you_mean
 from tea_rl.evaluation.evaluate import Evaluation
 from tea_rl.evaluation.offline import LOWER_IS_BETTER, METRICS, offline_metrics, row_figures
 from tea_rl.recipe import Recipe, TrainConfig
-from tea_rl.states.manifest import MANIFEST_NAME
+from tea_rl.states.manifest import ANCHOR_NAME, MANIFEST_NAME
 from tea_rl.states.relabel import rescore
 from tea_rl.states.store import StateStore
 from tea_rl.training.files import atomic_write_text, disk_errors
 from tea_rl.training.loop import TrainingLoop, TrainResult
-from tea_rl.training.manifest import BaseModelFacts, check_same_recipe, describe_changes
+from tea_rl.training.manifest import BaseModelFacts, describe_changes
 from tea_rl.training.offline_data import OfflineData
 from tea_rl.training.offline_learner import OfflineLearner
 from tea_rl.training.offline_rows import RowTable, check_metric, check_rows
@@ -55,6 +55,7 @@ def open_store(recipe: Recipe, run_path: Path, listener: Listener) -> StateStore
     path = run_path / STORE_NAME
     if has_run(run_path):  # what a run began with is what it goes on with
         with suppress(TeaError):  # damaged: embedding mends it
+            open_anchor(recipe, StateStore.open(path))
             return StateStore.open(path)
     from tea_rl.states.embed import embed
 
@@ -68,6 +69,30 @@ def open_store(recipe: Recipe, run_path: Path, listener: Listener) -> StateStore
         if not path.exists():  # nothing was begun: leave no run behind
             begun.remove()
         raise
+
+
+def open_anchor(recipe: Recipe, store: StateStore) -> StateStore | None:
+    """The states of the recipe's ``anchor.dataset`` inside a store; None if the recipe names none.
+
+    Raises:
+        TeaError: if the store has none, or they are damaged.
+    """
+    if recipe.anchor.dataset is None:
+        return None
+    path = store.path / ANCHOR_NAME
+    if not path.exists():
+        raise TeaError(
+            f"the recipe names anchor.dataset {recipe.anchor.dataset}, but the store {store.path} holds no states of it; run tea-rl "
+            "embed with this recipe and the same --output, or delete anchor.dataset"
+        )
+    anchor = StateStore.open(path)
+    for name in ("reference_digest", "context", "shortlist_size", "temperature"):
+        if anchor.keys[name] != store.keys[name]:
+            raise TeaError(
+                f"the store {path} does not belong to the one around it ({name}: {anchor.keys[name]!r}, not "
+                f"{store.keys[name]!r}); remove it with rm -r {path} and run tea-rl embed again"
+            )
+    return anchor
 
 
 def check_dataset(recipe: Recipe) -> str:
@@ -129,10 +154,12 @@ class _EmbeddingRecord:
             del raw["data"][name]
         head = {name: raw["head"][name] for name in ("context", "shortlist_size")}
         rollout = {"temperature": raw["rollout"]["temperature"]}
+        anchor = {name: raw["anchor"][name] for name in ("dataset", "kwargs", "size")}
         return {
             **{name: raw[name] for name in ("model", "data", "rewards")},
             "head": head,
             "rollout": rollout,
+            "anchor": anchor,
         }
 
 
@@ -169,16 +196,12 @@ class OfflineTrainer(TrainingLoop):
         super().__init__(recipe, run, listener, resume)
         train = recipe.train
         check_best_model(train)
-        if resume:
-            check_same_recipe(
-                run.path, recipe
-            )  # again at the end, with model and data; this one costs nothing
         self.store = open_store(recipe, run.path, listener)
         recipe = self.recipe = fit_recipe(recipe, self.store, listener)
         if recipe.rewards and recipe.data.store is not None:
             listener.on_note("scoring the stored completions with the recipe's rewards")
             self.store.rewards, self.store.terms = rescore(self.store, recipe.rewards, recipe.base_dir)
-        self.data = OfflineData(self.store, recipe)
+        self.data = OfflineData(self.store, recipe, open_anchor(recipe, self.store))
         check_metric(self.data.table, self.data.eval_rows, train.metric_for_best_model)
         if self.data.left_out is not None:
             listener.on_note(self.data.left_out)
@@ -187,7 +210,9 @@ class OfflineTrainer(TrainingLoop):
         learner = OfflineLearner(
             head, recipe.objective, recipe.anchor, train, self.store.temperature, self.total_steps
         )
-        digest = hashlib.sha256((self.store.path / MANIFEST_NAME).read_bytes()).hexdigest()
+        stores = [self.store] if self.data.anchor is None else [self.store, self.data.anchor.store]
+        manifests = b"".join((store.path / MANIFEST_NAME).read_bytes() for store in stores)
+        digest = hashlib.sha256(manifests).hexdigest()
         self.base_metrics: dict[str, float] = {}
         self.best = Best(train.metric_for_best_model, train.early_stopping_patience)
         self._prepare(head, learner, store_facts(self.store), digest)
@@ -207,6 +232,7 @@ class OfflineTrainer(TrainingLoop):
             "epoch": step / self.data.steps_per_epoch,
             "loss": report.loss,
             "kl": report.kl,
+            **({} if self.data.anchor is None else {"anchor_kl": report.anchor_kl}),
             "entropy": report.entropy,
             "grad_norm": report.grad_norm,
             "learning_rate": report.learning_rate,
@@ -236,6 +262,7 @@ class OfflineTrainer(TrainingLoop):
         if not len(self.data.eval_rows):
             return
         metrics = offline_metrics(row_figures([self.head], self.store, self.data.eval_rows)[0])
+        metrics.update(self.data.anchor_metrics(self.head))
         self.last_evaluation = Evaluation(metrics, [])
         row: dict[str, Any] = {"step": step, **metrics}
         if step == 0:

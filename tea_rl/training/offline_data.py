@@ -5,13 +5,19 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from tea_rl.evaluation.offline import row_figures
+from tea_rl.head.layer import TeaHead
 from tea_rl.objectives.advantages import stored_advantages
 from tea_rl.objectives.supervised import awr_weights
 from tea_rl.recipe import DataConfig, ObjectiveConfig, Recipe, TrainConfig
+from tea_rl.rollout.trajectory import TokenBatch
 from tea_rl.states.store import StateStore
 from tea_rl.training.batches import RowPlan, TokenPlan
 from tea_rl.training.offline_learner import PAIR_OBJECTIVES, ROW_OBJECTIVES, OfflineBatch
 from tea_rl.training.offline_rows import RowTable
+
+#: One row of the anchor's text in so many is held out, to measure how far the policy moved where it should not.
+HELD_OUT_EVERY = 8
 
 
 class OfflineData:
@@ -20,6 +26,7 @@ class OfflineData:
     Args:
         store: the rows.
         recipe: gives the objective, the split and the size of a minibatch.
+        anchor: ordinary text to be held to the original model on; None: the rows themselves.
 
     Attributes:
         train_rows, eval_rows: row numbers; those of pairs to train on pair by pair, chosen first, the others ascending.
@@ -33,8 +40,9 @@ class OfflineData:
         TeaError: if the store lacks what the objective learns from, or there is nothing to learn.
     """
 
-    def __init__(self, store: StateStore, recipe: Recipe) -> None:
+    def __init__(self, store: StateStore, recipe: Recipe, anchor: StateStore | None = None) -> None:
         self.store, self.recipe = store, recipe
+        self.anchor = None if anchor is None else AnchorText(anchor, recipe)
         objective = recipe.objective
         self.table = RowTable.of_store(store)
         candidates, self.eval_rows = self.table.split(recipe.data)
@@ -82,7 +90,46 @@ class OfflineData:
         tokens = self.store.tokens(index=index)
         tokens.rows = at
         tokens.states = add_noise(tokens.states, train.state_noise, generator)
-        return OfflineBatch(tokens, self.signal[rows], damping(self.store.lengths[rows], train), rows)
+        num_anchor = 0
+        if self.anchor is not None:
+            text = self.anchor.tokens(step)
+            text.state_ids = text.state_ids + self.store.num_tokens  # other states than the store's
+            tokens, num_anchor = TokenBatch.cat([tokens, text]), len(text)
+        return OfflineBatch(
+            tokens, self.signal[rows], damping(self.store.lengths[rows], train), rows, num_anchor
+        )
+
+    def anchor_metrics(self, head: TeaHead) -> dict[str, float]:
+        """``eval_anchor_kl``, KL(head || original model) on held-out ordinary text (nats a token); empty without such text."""
+        if self.anchor is None:
+            return {}
+        text = row_figures([head], self.anchor.store, self.anchor.eval_rows)[0]
+        return {"eval_anchor_kl": float(text.kl.sum() / text.tokens.sum())}
+
+
+class AnchorText:
+    """Ordinary text beside the rows that teach: some tokens of it in every step, and a part held out.
+
+    Args:
+        store: its states.
+        recipe: gives the seed and the size of a minibatch.
+
+    Attributes:
+        eval_rows: row numbers of the held-out part, one in `HELD_OUT_EVERY`.
+    """
+
+    def __init__(self, store: StateStore, recipe: Recipe) -> None:
+        self.store = store
+        rows = np.arange(len(store))
+        held_out = rows % HELD_OUT_EVERY == 1
+        self.eval_rows = rows[held_out]
+        self._plan = TokenPlan(
+            store.offsets, rows[~held_out], recipe.anchor.minibatch_tokens, recipe.train.seed
+        )
+
+    def tokens(self, step: int) -> TokenBatch:
+        """Those of a step (from 1)."""
+        return self.store.tokens(index=self._plan(step))
 
 
 def add_noise(states: torch.Tensor, share: float, generator: torch.Generator) -> torch.Tensor:

@@ -25,25 +25,36 @@ class OfflineBatch:
     """Stored tokens of one step with what their rows teach.
 
     Attributes:
-        tokens: ``N`` tokens; their ``rows`` count the rows of the batch from 0.
+        tokens: ``N`` tokens; their ``rows`` count the rows of the batch from 0. The last ``num_anchor`` are ordinary text that
+            teaches nothing and is only held to the original model.
         signal: what each row teaches: reward, weight or advantage, and for ``kto`` 1 or 0, ``(R,)``. Pairs need none: the rows
             of a pair follow one another, chosen first.
         weights: how much each row counts, ``(R,)``.
         row_numbers: of the rows in the store, ``(R,)``.
+        num_anchor: how many tokens are ordinary text; 0: the anchor is measured on the tokens that teach.
     """
 
     tokens: TokenBatch
     signal: Tensor
     weights: Tensor
     row_numbers: np.ndarray
+    num_anchor: int = 0
 
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def taught(self) -> slice:
+        """The tokens that teach."""
+        return slice(len(self.tokens) - self.num_anchor)
+
 
 @dataclass
 class StepReport:
-    """What one step did; ``behaviour_kl`` is the estimate of KL(behaviour || policy) on the batch before it."""
+    """What one step did; ``behaviour_kl`` is the estimate of KL(behaviour || policy) on the batch before it.
+
+    ``kl``, ``entropy`` and ``behaviour_kl`` are those of the tokens that teach, ``anchor_kl`` that of ordinary text (NaN: none).
+    """
 
     loss: float
     kl: float
@@ -51,6 +62,7 @@ class StepReport:
     grad_norm: float
     learning_rate: float
     behaviour_kl: float
+    anchor_kl: float
 
 
 class OfflineLearner(HeadOptimizer):
@@ -80,46 +92,53 @@ class OfflineLearner(HeadOptimizer):
         self.end_step()
         return StepReport(
             loss.item(),
-            terms.kl.detach().mean().item(),
-            terms.entropy.detach().mean().item(),
+            terms.kl[batch.taught].detach().mean().item(),
+            terms.entropy[batch.taught].detach().mean().item(),
             norm,
             learning_rate,
-            behaviour_kl(terms.logps.detach(), batch.tokens.logps).item(),
+            behaviour_kl(terms.logps[batch.taught].detach(), batch.tokens.logps[batch.taught]).item(),
+            terms.kl[len(batch) - batch.num_anchor :].detach().mean().item(),
         )
 
     def loss(self, batch: OfflineBatch, terms: PolicyTerms) -> Tensor:
         """``(task + c * anchor) / (1 + c)``, ``()``."""
+        anchor = terms.anchor
+        if batch.num_anchor:
+            anchor, terms = anchor[-batch.num_anchor :], PolicyTerms(*(term[batch.taught] for term in terms))
         if self.objective.name in ROW_OBJECTIVES:
             task = self._row_task(batch, terms)
         else:
-            weights = batch.weights[batch.tokens.rows]
+            weights = batch.weights[batch.tokens.rows[batch.taught]]
             task = (self._token_task(batch, terms) * weights).sum() / weights.sum()
-        return anchored_loss(task, terms.anchor.mean(), self.anchor.conservativity)
+        return anchored_loss(task, anchor.mean(), self.anchor.conservativity)
 
     def _token_task(self, batch: OfflineBatch, terms: PolicyTerms) -> Tensor:
-        objective, tokens = self.objective, batch.tokens
+        objective = self.objective
         if objective.name == "cross_entropy":
             return cross_entropy(terms.logps)
-        signal = batch.signal[tokens.rows]
+        rows = batch.tokens.rows[batch.taught]
+        behaviour, base = batch.tokens.logps[batch.taught], batch.tokens.base_logps[batch.taught]
+        signal = batch.signal[rows]
         if objective.name == "awr":
             return signal * cross_entropy(terms.logps)
         if objective.name == "reward_weighted":
-            return reward_weighted(terms.logps, tokens.base_logps, signal, objective.negative_bound)
+            return reward_weighted(terms.logps, base, signal, objective.negative_bound)
         # The ratio to the stored behaviour is the importance weight; its clip is the trust region of a token.
         return clipped_surrogate(
-            terms.logps, tokens.logps, signal, objective.clip_range, objective.clip_range_high
+            terms.logps, behaviour, signal, objective.clip_range, objective.clip_range_high
         )
 
     def _row_task(self, batch: OfflineBatch, terms: PolicyTerms) -> Tensor:
-        objective, tokens, num_rows = self.objective, batch.tokens, len(batch.signal)
-        gains = row_sums(terms.logps - tokens.base_logps, tokens.rows, num_rows)
+        objective, num_rows = self.objective, len(batch.signal)
+        rows, base = batch.tokens.rows[batch.taught], batch.tokens.base_logps[batch.taught]
+        gains = row_sums(terms.logps - base, rows, num_rows)
         weights = batch.weights
         if objective.name == "kto":
-            distance = row_sums(terms.kl, tokens.rows, num_rows).mean()
+            distance = row_sums(terms.kl, rows, num_rows).mean()
             losses = kto(gains, batch.signal > 0.5, distance, objective.beta)
         else:
             if objective.name == "ipo":
-                gains = gains / torch.bincount(tokens.rows, minlength=num_rows).clamp(min=1)
+                gains = gains / torch.bincount(rows, minlength=num_rows).clamp(min=1)
             chosen, rejected = gains.view(-1, 2).unbind(1)
             losses = (dpo if objective.name == "dpo" else ipo)(chosen, rejected, objective.beta)
             weights = weights.view(-1, 2).mean(dim=1)

@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from tea_rl.states.relabel import rescore
 from tea_rl.states.store import StateStore
 from tea_rl.training.checkpoint import replace_directory
 from tea_rl.training.files import atomic_write_text, disk_errors
-from tea_rl.training.offline import POLICY_GRADIENTS, check_best_model
+from tea_rl.training.offline import POLICY_GRADIENTS, check_best_model, open_anchor
 from tea_rl.training.offline_data import OfflineData
 from tea_rl.training.offline_learner import OfflineBatch, OfflineLearner, StepReport
 from tea_rl.training.offline_rows import check_metric
@@ -128,7 +128,7 @@ def sweep(
         store.rewards, store.terms = rescore(store, recipe.rewards, recipe.base_dir)
     if recipe.train.num_threads is not None:
         torch.set_num_threads(recipe.train.num_threads)
-    data = OfflineData(store, base)
+    data = OfflineData(store, base, open_anchor(base, store))
     if not len(data.eval_rows):
         raise TeaError("a sweep ranks heads on held-out rows, got none; raise data.eval_fraction")
     check_metric(data.table, data.eval_rows, recipe.train.metric_for_best_model)
@@ -267,7 +267,7 @@ def _step(runners: Sequence[_Runner], batch: OfflineBatch) -> dict[str, float]:
 
 
 def _own_batch(runner: _Runner, batch: OfflineBatch) -> OfflineBatch:
-    return OfflineBatch(batch.tokens, runner.signal[batch.row_numbers], batch.weights, batch.row_numbers)
+    return replace(batch, signal=runner.signal[batch.row_numbers])
 
 
 def _guarded(runner: _Runner, act: Callable[..., StepReport], *arguments: Any) -> float:
@@ -287,7 +287,7 @@ def _evaluate(runners: Sequence[_Runner], data: OfflineData, metric: str | None)
     found = row_figures([runner.head for runner in sound], data.store, data.eval_rows) if sound else []
     for runner, figures in zip(sound, found, strict=True):
         result = runner.result
-        result.metrics = offline_metrics(figures)
+        result.metrics = {**offline_metrics(figures), **data.anchor_metrics(runner.head)}
         if metric is None:
             metric = next(name for name in _RANKED_BY if name in result.metrics)
         result.metric, result.value = metric, result.metrics[metric]
