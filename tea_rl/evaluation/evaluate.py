@@ -14,7 +14,7 @@ from tea_rl.head.layer import TeaHead
 from tea_rl.rewards import RewardBatch, RewardSum
 from tea_rl.rollout import DecodeSettings, Rollout, generate
 
-#: Samples decoded together: at least this many, and as many as have this number of tokens at most.
+#: Completions decoded together: at least this many, and as many as have this number of tokens at most.
 EVAL_BATCH, EVAL_TOKENS = 64, 2048
 
 
@@ -120,8 +120,8 @@ def _rollouts(
     backbone: Backbone, head: TeaHead, prompts: PromptSet, settings: DecodeSettings, seed: int
 ) -> Iterator[tuple[PromptSet, Rollout]]:
     """Batches of prompts with their sampled completions and, last of each prompt, its greedy one."""
-    size = max(1, max(EVAL_BATCH, EVAL_TOKENS // settings.max_new_tokens) // settings.num_generations)
     settings = replace(settings, num_generations=settings.num_generations + 1, greedy_last=True)
+    size = max(1, max(EVAL_BATCH, EVAL_TOKENS // settings.max_new_tokens) // settings.num_generations)
     for start in range(0, len(prompts), size):
         keys = range(start, min(start + size, len(prompts)))
         part = prompts.take(keys)
