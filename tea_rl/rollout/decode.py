@@ -9,32 +9,28 @@ around it. Finished completions leave the batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy, deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from tea_rl.backbone import Backbone
 from tea_rl.errors import TeaError
 from tea_rl.head.context import ContextState
 from tea_rl.head.layer import TeaHead
-from tea_rl.head.policy import Shortlist, action_logps, entropy, sample_slots
+from tea_rl.head.policy import Shortlist, action_logps, build_shortlist, entropy, sample_slots
 from tea_rl.objectives.anchor import divergence
-from tea_rl.rollout.cache import preallocate, select_rows
+from tea_rl.rollout.sequences import Sequences, prefill
 from tea_rl.rollout.trajectory import Rollout, TokenBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-#: A batch is compacted when at least this share of its rows has finished; compacting copies the cache.
-_COMPACT_SHARE = 0.125
-#: A shared prefix shorter than this is not worth a forward pass of its own.
-_MIN_SHARED_PREFIX = 16
+#: States whose distributions over the vocabulary are alive at once while given tokens are scored.
+_SCORE_BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -67,6 +63,12 @@ def row_uniforms(keys: Sequence[Sequence[int]], length: int) -> Tensor:
     return torch.from_numpy(np.stack(draws))
 
 
+def uniforms_on(device: torch.device, keys: Sequence[Sequence[int]], length: int) -> Tensor:
+    """`row_uniforms` where they are needed, in the finest precision there."""
+    uniforms = row_uniforms(keys, length)
+    return (uniforms.float() if device.type == "mps" else uniforms).to(device)
+
+
 @torch.no_grad()
 def generate(
     backbone: Backbone,
@@ -93,15 +95,14 @@ def generate(
     head.eval()
     keys = range(len(prompts)) if prompt_keys is None else prompt_keys
     row_keys = [(*seed, key, generation) for key in keys for generation in range(settings.num_generations)]
-    uniforms = row_uniforms(row_keys, settings.max_new_tokens)
-    if backbone.device.type == "mps":
-        uniforms = uniforms.float()
-    uniforms = uniforms.to(backbone.device)
+    uniforms = uniforms_on(backbone.device, row_keys, settings.max_new_tokens)
     greedy = torch.full((len(row_keys),), settings.greedy, device=backbone.device)
     if settings.greedy_last:
         greedy[settings.num_generations - 1 :: settings.num_generations] = True
-    ending = _ending_tokens(backbone, settings.stop)
-    sequences = _Sequences(backbone, prompts, settings, ContextState.begin(head.config.context))
+    ending = ending_tokens(backbone, settings.stop)
+    start = prefill(backbone, prompts, ContextState.begin(head.config.context))
+    at = torch.arange(len(prompts), device=backbone.device).repeat_interleave(settings.num_generations)
+    sequences = Sequences(backbone, start, at, settings.max_new_tokens)
     finished = torch.zeros(len(row_keys), dtype=torch.bool, device=backbone.device)
     steps: list[TokenBatch] = []
     num_states = 0
@@ -149,13 +150,73 @@ def choose_tokens(
         greedy: which of them take the likeliest token instead, ``(N,)`` bool.
         temperature: divides the logits.
     """
-    # Everything that depends on the state alone is computed once for all completions that share it.
+    policy, tail_probs = _policy_at(head, states, head.reference_logits(states, temperature), temperature)
+    slots = sample_slots(policy.logits[at], uniforms[:, 0])
+    if bool(greedy.any()):
+        greedy_at = at[greedy]
+        slots[greedy] = _greedy_slots(
+            policy.logits[greedy_at], None if tail_probs is None else tail_probs[greedy_at]
+        )
+    listed = None if policy.shortlist is None else policy.shortlist.ids[at]
+    actions, within_tail = _slots_to_tokens(slots, listed, tail_probs, at, uniforms[:, 1], greedy)
+    return _record(policy, states, at, actions, slots, within_tail)
+
+
+def score_tokens(
+    head: TeaHead, states: Tensor, at: Tensor, actions: Tensor, temperature: float
+) -> TokenBatch:
+    """Records of given tokens, as if they had been sampled (``rows``, ``positions`` and the offset of ``state_ids`` still unset).
+
+    Args:
+        head: the policy.
+        states: ``U`` states, ``(U, D)``, wide where the head reads context features.
+        at: the state that each of the ``N`` tokens follows, ``(N,)``.
+        actions: the tokens, ``(N,)``.
+        temperature: divides the logits.
+    """
+    parts, places = [], []
+    for start in range(0, max(len(states), 1), _SCORE_BLOCK):
+        block = states[start : start + _SCORE_BLOCK]
+        place = ((at >= start) & (at < start + _SCORE_BLOCK)).nonzero().squeeze(1)
+        own_at, own_actions = at[place] - start, actions[place]
+        reference = head.reference_logits(block, temperature)
+        reference_chosen = reference[own_at, own_actions]  # before the shortlist overwrites them
+        policy, _ = _policy_at(head, block, reference, temperature)
+        slots, within_tail = own_actions, torch.zeros_like(reference_chosen)
+        if policy.shortlist is not None:
+            matches = policy.shortlist.ids[own_at] == own_actions.unsqueeze(1)
+            in_tail = ~matches.any(dim=1)
+            slots = torch.where(in_tail, matches.shape[1], matches.int().argmax(dim=1))
+            within_tail = torch.where(
+                in_tail, reference_chosen - policy.shortlist.tail_logsumexp[own_at], within_tail
+            )
+        record = _record(policy, block, own_at, own_actions, slots, within_tail)
+        record.state_ids = at[place]
+        parts.append(record)
+        places.append(place)
+    return TokenBatch.cat(parts).select(torch.argsort(torch.cat(places)))
+
+
+class _Policy(NamedTuple):
+    """What depends on ``U`` states alone, computed once for all completions that share them."""
+
+    shortlist: Shortlist | None
+    logits: Tensor
+    logps: Tensor
+    base_logps: Tensor
+    kl: Tensor
+    entropy: Tensor
+
+
+def _policy_at(
+    head: TeaHead, states: Tensor, reference: Tensor, temperature: float
+) -> tuple[_Policy, Tensor | None]:
+    """The policy in states whose reference logits are given (and may be overwritten), and the tail's distribution."""
     if head.full_vocabulary:
-        base = head.reference_logits(states, temperature)
-        logits, shortlist, tail_probs = head.full_logits(states, base, temperature), None, None
-        within_entropy = None
+        base, logits = reference, head.full_logits(states, reference, temperature)
+        shortlist, tail_probs, within_entropy = None, None, None
     else:
-        shortlist, tail_probs = head.shortlist_of(states, temperature)
+        shortlist, tail_probs = build_shortlist(reference, head.shortlist_size)
         base = shortlist.slot_logits()
         logits = head.slot_logits(states, shortlist, temperature)
         within_entropy = shortlist.tail_entropy
@@ -165,25 +226,22 @@ def choose_tokens(
         )
     logps, base_logps = logits.log_softmax(dim=-1), base.log_softmax(dim=-1)
     kl = divergence("reverse_kl", logits, base, logps, base_logps)
+    return _Policy(shortlist, logits, logps, base_logps, kl, entropy(logps, within_entropy)), tail_probs
 
-    slots = sample_slots(logits[at], uniforms[:, 0])
-    if bool(greedy.any()):
-        greedy_at = at[greedy]
-        slots[greedy] = _greedy_slots(
-            logits[greedy_at], None if tail_probs is None else tail_probs[greedy_at]
-        )
-    own_shortlist = None if shortlist is None else Shortlist(*(part[at] for part in shortlist))
-    actions, within_tail = _slots_to_tokens(slots, own_shortlist, tail_probs, at, uniforms[:, 1], greedy)
+
+def _record(
+    policy: _Policy, states: Tensor, at: Tensor, actions: Tensor, slots: Tensor, within_tail: Tensor
+) -> TokenBatch:
     return TokenBatch(
         states=states[at],
-        shortlist=own_shortlist,
+        shortlist=None if policy.shortlist is None else Shortlist(*(part[at] for part in policy.shortlist)),
         actions=actions,
         slots=slots,
         within_tail_logps=within_tail,
-        logps=action_logps(logps[at], slots, within_tail),
-        base_logps=action_logps(base_logps[at], slots, within_tail),
-        kl=kl[at],
-        entropy=entropy(logps, within_entropy)[at],
+        logps=action_logps(policy.logps[at], slots, within_tail),
+        base_logps=action_logps(policy.base_logps[at], slots, within_tail),
+        kl=policy.kl[at],
+        entropy=policy.entropy[at],
         state_ids=at,
         rows=actions,
         positions=actions,
@@ -200,7 +258,7 @@ def _greedy_slots(logits: Tensor, tail_probs: Tensor | None) -> Tensor:
 
 def _slots_to_tokens(
     slots: Tensor,
-    shortlist: Shortlist | None,
+    listed: Tensor | None,
     tail_probs: Tensor | None,
     at: Tensor,
     uniforms: Tensor,
@@ -208,10 +266,10 @@ def _slots_to_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Token ids of chosen slots, and their log-probability within the tail (0 on the shortlist)."""
     within_tail = torch.zeros(slots.shape, dtype=torch.float32, device=slots.device)
-    if shortlist is None or tail_probs is None:
+    if listed is None or tail_probs is None:
         return slots, within_tail
-    size = shortlist.ids.shape[1]
-    actions = shortlist.ids.gather(1, slots.clamp(max=size - 1).unsqueeze(1)).squeeze(1)
+    size = listed.shape[1]
+    actions = listed.gather(1, slots.clamp(max=size - 1).unsqueeze(1)).squeeze(1)
     in_tail = (slots == size).nonzero().squeeze(1)
     if len(in_tail):
         probs = tail_probs[at[in_tail]]
@@ -222,7 +280,7 @@ def _slots_to_tokens(
     return actions, within_tail
 
 
-def _ending_tokens(backbone: Backbone, stop: tuple[str, ...]) -> Tensor:
+def ending_tokens(backbone: Backbone, stop: tuple[str, ...]) -> Tensor:
     """``(V,)`` bool: tokens that end a completion."""
     ending = torch.zeros(backbone.vocab_size, dtype=torch.bool)
     ending[[token for token in backbone.eos_token_ids if token < backbone.vocab_size]] = True
@@ -238,129 +296,3 @@ def _tokens_containing(
     """Ids of the tokens whose text contains one of the strings; found once, for it decodes the whole vocabulary."""
     texts = tokenizer.batch_decode([[token] for token in range(min(len(tokenizer), vocab_size))])
     return tuple(token for token, text in enumerate(texts) if any(string in text for string in stop))
-
-
-class _Sequences:
-    """The growing sequences: cache, running means, masks and newest states of the distinct ones, and who has which.
-
-    Attributes:
-        rows: completions that still grow, ``(N,)``.
-        at: the distinct sequence each of them has so far, ``(N,)``.
-        states: newest state of each distinct sequence, ``(U, D)``, wide with a context.
-    """
-
-    def __init__(
-        self,
-        backbone: Backbone,
-        prompts: Sequence[Sequence[int]],
-        settings: DecodeSettings,
-        context: ContextState | None = None,
-    ) -> None:
-        self.backbone, self.context = backbone, context
-        self.states, mask, self.cache = _prefill(backbone, prompts, context)
-        room = torch.ones(len(prompts), settings.max_new_tokens, dtype=mask.dtype, device=mask.device)
-        self.length = mask.shape[1]
-        preallocate(self.cache, self.length + settings.max_new_tokens)
-        self.mask = torch.cat([mask, room], dim=1)
-        self.positions = mask.sum(dim=1, keepdim=True)
-        self.at = torch.arange(len(prompts), device=mask.device).repeat_interleave(settings.num_generations)
-        self.rows = torch.arange(len(self.at), device=mask.device)
-
-    def advance(self, actions: Tensor, ended: Tensor) -> None:
-        """Append the completions' tokens, let go of those that ended, and run the backbone by one token."""
-        self.rows, actions = self.rows[~ended], actions[~ended]
-        pairs = self.at[~ended] * self.backbone.vocab_size + actions
-        distinct, which = torch.unique(pairs, return_inverse=True)
-        parents, tokens = distinct // self.backbone.vocab_size, distinct % self.backbone.vocab_size
-        if self._must_rearrange(parents):
-            select_rows(self.cache, parents)
-            if self.context is not None:
-                self.context.select_rows(parents)
-            self.mask, self.positions, self.at = self.mask[parents], self.positions[parents], which
-        else:
-            self.at = parents[which]
-            tokens = torch.full_like(self.positions[:, 0], self.backbone.pad_token_id).scatter_(
-                0, parents, tokens
-            )
-        self.length += 1
-        self.states = self.backbone.forward(
-            input_ids=tokens.unsqueeze(1),
-            attention_mask=self.mask[:, : self.length],
-            position_ids=self.positions,
-            past_key_values=self.cache,
-            context=self.context,
-        )[:, -1]
-        self.positions = self.positions + 1
-
-    def _must_rearrange(self, parents: Tensor) -> bool:
-        """Whether sequences part, or enough of them have ended to be worth a copy of the cache."""
-        held = len(self.positions)
-        parted = len(parents.unique()) < len(parents)
-        return parted or held - len(parents) >= max(1, _COMPACT_SHARE * held)
-
-
-def _prefill(
-    backbone: Backbone, prompts: Sequence[Sequence[int]], context: ContextState | None
-) -> tuple[Tensor, Tensor, DynamicCache]:
-    """Run the prompts once. Returns last states ``(P, D)``, mask ``(P, length)`` and the filled cache."""
-    device, count = backbone.device, len(prompts)
-    cache = DynamicCache(config=backbone.model.config)
-    shared = _shared_prefix(prompts)
-    # Padding will stand between the prefix and the rest: harmless where positions are given and attention is full.
-    plain = backbone.takes_positions and all(type(layer) is DynamicLayer for layer in cache.layers)
-    if not plain:
-        shared = 0
-    if shared:
-        cache, read = _prefix(backbone, tuple(prompts[0][:shared]), context)
-        for layer in cache.layers:
-            layer.batch_repeat_interleave(count)
-        if context is not None and read is not None:
-            read.repeat_interleave(count)
-            vars(context).update(vars(read))
-    rest = [prompt[shared:] for prompt in prompts]
-    longest = max(map(len, rest))
-    ids = torch.full((count, longest), backbone.pad_token_id)
-    mask = torch.zeros(count, shared + longest, dtype=torch.long)
-    mask[:, :shared] = 1
-    for row, tokens in enumerate(rest):
-        ids[row, longest - len(tokens) :] = torch.tensor(tokens)
-        mask[row, shared + longest - len(tokens) :] = 1
-    ids, mask = ids.to(device), mask.to(device)
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, shared:]
-    states = backbone.forward(
-        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, context=context
-    )
-    return states[:, -1], mask, cache
-
-
-def _prefix(
-    backbone: Backbone, tokens: tuple[int, ...], context: ContextState | None
-) -> tuple[DynamicCache, ContextState | None]:
-    """Cache and running means of one row after a shared prefix. The newest is remembered: worked examples seldom change."""
-    key = (tokens, None if context is None else context.config)
-    if backbone.newest_prefix is None or backbone.newest_prefix[0] != key:
-        cache, read = DynamicCache(config=backbone.model.config), copy(context)
-        ids = torch.tensor([tokens], device=backbone.device)
-        backbone.forward(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            position_ids=torch.arange(len(tokens), device=backbone.device).unsqueeze(0),
-            past_key_values=cache,
-            context=read,
-        )
-        backbone.newest_prefix = (key, cache, read)
-    _, cache, read = backbone.newest_prefix
-    return deepcopy(cache), deepcopy(read)
-
-
-def _shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """Length of the token prefix common to all prompts, leaving each at least one token; 0 where not worth it."""
-    if len(prompts) < 2:
-        return 0
-    ordered = sorted(map(list, prompts))
-    first, last = ordered[0], ordered[-1]
-    shortest = min(map(len, prompts)) - 1
-    shared = 0
-    while shared < shortest and first[shared] == last[shared]:
-        shared += 1
-    return shared if shared >= _MIN_SHARED_PREFIX else 0

@@ -2,30 +2,17 @@
 
 import pytest
 import torch
-from tiny import SUPPORTED, tiny_backbone
+from tiny import SUPPORTED
 from torch import nn
 
 from tea_rl.head.config import ContextConfig, HeadConfig
 from tea_rl.head.context import ContextState
 from tea_rl.head.layer import TeaHead
 from tea_rl.rollout import DecodeSettings, generate
-from tea_rl.rollout.decode import _shared_prefix
+from tea_rl.rollout.sequences import shared_prefix
 
 PROMPTS = ["Hello", "A much longer prompt than the first one", "x", "Some words in between"]
 CONTEXT = ContextConfig(layers=[1, -1], horizons=["all", 6])
-
-
-@pytest.fixture(scope="module")
-def backbones(tmp_path_factory):
-    """Tiny backbones by family, made once."""
-    made = {}
-
-    def get(family):
-        if family not in made:
-            made[family] = tiny_backbone(tmp_path_factory.mktemp("models"), family)
-        return made[family]
-
-    return get
 
 
 def trained_head(backbone, family="llama", **config) -> TeaHead:
@@ -114,12 +101,12 @@ def test_rows_that_end_early_leave_with_their_means(backbones):
     assert min(ours.lengths) < max(ours.lengths)
 
 
-def test_samples_do_not_depend_on_the_batch_or_a_shared_prefix(backbones):
+def test_samples_do_not_depend_on_the_batch_or_ashared_prefix(backbones):
     backbone = backbones("llama")
     head = trained_head(backbone)
     examples = "Worked example one. Worked example two. "
     prompts = encode(backbone, [examples + text for text in ("a", "bcd", "efghij")])
-    assert _shared_prefix(prompts) == len(examples)
+    assert shared_prefix(prompts) == len(examples)
     settings = DecodeSettings(num_generations=2, max_new_tokens=10)
     together = generate(backbone, head, prompts, settings, prompt_keys=[0, 1, 2])
     for row, prompt in enumerate(prompts):  # alone, nothing is shared

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from tiny import SUPPORTED, tiny_backbone
+from tiny import SUPPORTED
 from torch import nn
 
 from tea_rl.head.config import HeadConfig
 from tea_rl.head.layer import TeaHead
 from tea_rl.rollout import DecodeSettings, generate
-from tea_rl.rollout.decode import _shared_prefix, row_uniforms
+from tea_rl.rollout.decode import row_uniforms
+from tea_rl.rollout.sequences import shared_prefix
 
 PROMPTS = ["Hello", "A much longer prompt than the first one", "x", "Some words in between"]
 
@@ -43,19 +44,6 @@ def transformers_generate(backbone, head, texts, **options):
 
 def completions(result):
     return [result.token_ids(row).tolist() for row in range(len(result.texts))]
-
-
-@pytest.fixture(scope="module")
-def backbones(tmp_path_factory):
-    """Tiny backbones by family, made once."""
-    made = {}
-
-    def get(family):
-        if family not in made:
-            made[family] = tiny_backbone(tmp_path_factory.mktemp("models"), family)
-        return made[family]
-
-    return get
 
 
 @pytest.mark.parametrize("family", sorted(SUPPORTED))
@@ -190,7 +178,7 @@ def test_shared_prefix_changes_nothing(backbones):
     head = trained_head(backbone)
     examples = "Worked example one. Worked example two. "
     prompts = encode(backbone, [examples + text for text in ("a", "bcd", "efghij")])
-    assert _shared_prefix(prompts) == len(examples)
+    assert shared_prefix(prompts) == len(examples)
     together = generate(backbone, head, prompts, DecodeSettings(2, 10), prompt_keys=[0, 1, 2])
     for row, prompt in enumerate(prompts):  # alone, nothing is shared
         alone = generate(backbone, head, [prompt], DecodeSettings(2, 10), prompt_keys=[row])
@@ -237,7 +225,7 @@ def test_the_last_completion_is_greedy_beside_the_same_samples(backbones):
 def test_identical_prompts_keep_a_token_of_their_own(backbones):
     backbone = backbones("llama")
     prompts = encode(backbone, ["exactly the same prompt"] * 2)
-    assert _shared_prefix(prompts) == len(prompts[0]) - 1
+    assert shared_prefix(prompts) == len(prompts[0]) - 1
     assert len(generate(backbone, trained_head(backbone), prompts, DecodeSettings(1, 4)).texts) == 2
 
 
