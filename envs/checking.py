@@ -148,11 +148,28 @@ def play(
     return total, transcript
 
 
+def reference_scores(env: gymnasium.Env[str, str], starts: Sequence[int]) -> dict[str, float]:
+    """Mean return on these starts of policies that read nothing, and of the expert.
+
+    Returns:
+        ``constant`` (the best answer to give always, chosen on other starts), ``random`` (a listed answer at random) and
+        ``expert``, each only where the environment says enough for it.
+    """
+    report = EnvReport("", {}, episodes=len(starts))
+    checker = _Checker(env, report, starts)
+    checker.scores()
+    found = {"constant": report.constant_score, "random": report.random_score, "expert": report.expert_score}
+    return {name: score.mean for name, score in found.items() if score is not None}
+
+
 class _Checker:
     """Fills a report; every check adds its own problems."""
 
-    def __init__(self, env: gymnasium.Env[str, str], report: EnvReport) -> None:
+    def __init__(
+        self, env: gymnasium.Env[str, str], report: EnvReport, starts: Sequence[int] | None = None
+    ) -> None:
         self.env, self.report = env, report
+        self.starts = range(report.episodes) if starts is None else starts
         self.rng = np.random.default_rng(0)
         self.candidates: dict[str, None] = {}
 
@@ -165,7 +182,7 @@ class _Checker:
             ("gymnasium's check_env", self._gymnasium),
             ("info", self._info),
             ("determinism", self._determinism),
-            ("scores", self._scores),
+            ("scores", self.scores),
             ("junk actions", self._junk),
         ):
             try:
@@ -221,12 +238,15 @@ class _Checker:
         rng = np.random.default_rng(seed)
         return play(self.env, lambda info: _random_answer(info, rng) or "anything", index, seed)[1]
 
-    def _scores(self) -> None:
+    def scores(self) -> None:
+        """What the policies without skill and the expert earn."""
         report = self.report
+        report.admissible = self.env.reset(seed=0, options={"index": self.starts[0]})[1].get("admissible")
         report.expert_score = self._score(lambda info: info.get("expert"))
         report.random_score = self._score(lambda info: _random_answer(info, self.rng))
         few = min(report.episodes, _SELECTION_EPISODES)
-        self._mean(lambda info: _note(info.get("expert"), self.candidates), _SELECTION_START, few)
+        others = range(_SELECTION_START, _SELECTION_START + few)
+        self._mean(lambda info: _note(info.get("expert"), self.candidates), others)
         for answer in report.admissible or []:
             self.candidates.setdefault(answer)
         answers = list(self.candidates)
@@ -234,13 +254,13 @@ class _Checker:
             chosen = self.rng.choice(len(answers), _MOST_CANDIDATES, replace=False)
             answers = [answers[number] for number in sorted(chosen)]
         if answers:
-            earned = {answer: self._mean(_always(answer), _SELECTION_START, few) for answer in answers}
+            earned = {answer: self._mean(_always(answer), others) for answer in answers}
             report.constant_answer = max(answers, key=lambda answer: earned[answer])
             report.constant_score = self._score(_always(report.constant_answer))
 
-    def _returns(self, policy: Policy, first: int, episodes: int) -> list[float] | None:
+    def _returns(self, policy: Policy, starts: Sequence[int]) -> list[float] | None:
         returns = []
-        for index in range(first, first + episodes):
+        for index in starts:
             total, transcript = play(self.env, policy, index, index)
             if not transcript:
                 return None
@@ -248,11 +268,11 @@ class _Checker:
             returns.append(total)
         return returns
 
-    def _mean(self, policy: Policy, first: int, episodes: int) -> float:
-        return statistics.fmean(self._returns(policy, first, episodes) or [float("-inf")])
+    def _mean(self, policy: Policy, starts: Sequence[int]) -> float:
+        return statistics.fmean(self._returns(policy, starts) or [float("-inf")])
 
     def _score(self, policy: Policy) -> Score | None:
-        returns = self._returns(policy, 0, self.report.episodes)
+        returns = self._returns(policy, self.starts)
         if not returns:
             return None
         error = statistics.stdev(returns) / len(returns) ** 0.5 if len(returns) > 1 else float("nan")

@@ -123,14 +123,14 @@ def test_exponents_are_numbers_where_anything_goes(write):
         ("data: {prompts: [a]}", ["rewards must hold at least one term", "sentiment"]),
         (
             "data: {prompts: [a], store: s}\nrewards: [{name: sentiment}]",
-            ["data needs one of", "prompts and store"],
+            ["a recipe needs one of", "data.prompts and data.store"],
         ),
-        ("data: {eval_size: 3}\nrewards: [{name: sentiment}]", ["data needs one of", "got none"]),
+        ("data: {eval_size: 3}\nrewards: [{name: sentiment}]", ["a recipe needs one of", "got none"]),
         (
             "data: {prompts: [a]}\nrewards: [{name: sentiment}]\nobjective: {name: dpo}",
             ["dpo learns from labelled data", "data.dataset or data.store"],
         ),
-        ("rewards: [{name: x}]", ["data is missing"]),
+        ("rewards: [{name: x}]", ["a recipe needs one of", "got none"]),
         ("data: {promts: x}\nrewards: [{name: x}]", ["data.promts", 'Did you mean "prompts"?']),
         ("data: {prompts: [a, yes]}\nrewards: [{name: x}]", ["data.prompts", "texts", "quotes"]),
         ("data: {prompts: []}\nrewards: [{name: x}]", ["data.prompts", "at least one prompt"]),

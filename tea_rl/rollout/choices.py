@@ -53,6 +53,25 @@ class ChoiceBatch:
     def __len__(self) -> int:
         return self.chosen.shape[0]
 
+    def select(self, index: Tensor) -> ChoiceBatch:
+        """The decisions at ``index`` (``(M,)``, each at most once), in that order."""
+        place = torch.full((len(self),), -1, device=index.device)
+        place[index] = torch.arange(len(index), device=index.device)
+        # Choices by the new order of their decisions; those of a decision stay side by side.
+        order = torch.argsort(place[self.decision_of_choice], stable=True)
+        kept = order[place[self.decision_of_choice[order]] >= 0]
+        number = torch.full((len(self.decision_of_choice),), -1, device=index.device)
+        number[kept] = torch.arange(len(kept), device=index.device)
+        tokens = self.tokens.select((number[self.tokens.rows] >= 0).nonzero().squeeze(1))
+        tokens.rows = number[tokens.rows]
+        return ChoiceBatch(
+            tokens,
+            [self.texts[choice] for choice in kept.tolist()],
+            place[self.decision_of_choice[kept]],
+            number[self.chosen[index]],
+            *(values[index] for values in (self.turns, self.logps, self.base_logps, self.kl, self.entropy)),
+        )
+
 
 def choice_logps(token_logps: Tensor, choice_of_token: Tensor, decision_of_choice: Tensor) -> Tensor:
     """Log-probability of every choice within its decision: the softmax of the choices' summed token log-probabilities.

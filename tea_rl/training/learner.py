@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch import Tensor
 from tea_rl.head.policy import PolicyTerms
 from tea_rl.objectives.anchor import anchored_loss
 from tea_rl.objectives.policy_gradient import behaviour_kl, clipped_surrogate
+from tea_rl.rollout.choices import ChoiceBatch, choice_logps
 from tea_rl.rollout.trajectory import TokenBatch
 from tea_rl.training.optimization import HeadOptimizer
 
@@ -49,22 +52,56 @@ class Learner(HeadOptimizer):
         Raises:
             TeaError: after ``max_skipped_steps`` minibatches in a row with a loss or gradient that is not finite.
         """
-        learning_rate = self.learning_rate
-        self.head.train()
-        losses, norms, seen = [], [], 0
-        for index, first_pass in self._minibatches(len(tokens), generator):
+
+        def part(index: Tensor) -> _Part:
             batch = tokens.select(index)
             terms = self._terms(batch)
-            if not first_pass and self._left_trust_region(terms, batch):
+            return _Part(terms.logps, batch.logps, advantages[index], terms.anchor)
+
+        return self._descend(len(tokens), self.objective.minibatch_tokens, part, generator)
+
+    def update_choices(
+        self, choices: ChoiceBatch, advantages: Tensor, generator: torch.Generator
+    ) -> UpdateReport:
+        """`update` for decisions between listed choices; the anchor is the exact KL between the two policies over choices.
+
+        Args:
+            choices: ``Q`` decisions.
+            advantages: of each decision, ``(Q,)``.
+            generator: orders the minibatches.
+        """
+
+        def part(index: Tensor) -> _Part:
+            batch = choices.select(index)
+            terms = self._terms(batch.tokens)
+            own = choice_logps(terms.logps, batch.tokens.rows, batch.decision_of_choice)
+            base = choice_logps(batch.tokens.base_logps, batch.tokens.rows, batch.decision_of_choice)
+            kl = own.new_zeros(len(batch)).index_add(0, batch.decision_of_choice, own.exp() * (own - base))
+            return _Part(own[batch.chosen], batch.logps, advantages[index], kl)
+
+        tokens_each = max(1.0, len(choices.tokens) / len(choices))
+        size = max(1, round(self.objective.minibatch_tokens / tokens_each))
+        return self._descend(len(choices), size, part, generator)
+
+    def _descend(
+        self, count: int, size: int, part: Callable[[Tensor], _Part], generator: torch.Generator
+    ) -> UpdateReport:
+        """The inner epochs over ``count`` records in minibatches of ``size``."""
+        learning_rate, objective = self.learning_rate, self.objective
+        self.head.train()
+        losses, norms, seen = [], [], 0
+        for index, first_pass in self._minibatches(count, size, generator):
+            found = part(index)
+            if not first_pass and self._left_trust_region(found):
                 break
             surrogate = clipped_surrogate(
-                terms.logps,
-                batch.logps,
-                advantages[index],
-                self.objective.clip_range,
-                self.objective.clip_range_high,
+                found.logps,
+                found.behaviour_logps,
+                found.advantages,
+                objective.clip_range,
+                objective.clip_range_high,
             )
-            loss = anchored_loss(surrogate.mean(), terms.anchor.mean(), self.anchor.conservativity)
+            loss = anchored_loss(surrogate.mean(), found.anchor.mean(), self.anchor.conservativity)
             norm = self.descend(loss)
             seen += len(index)
             losses.append(loss.item())
@@ -74,19 +111,28 @@ class Learner(HeadOptimizer):
         return UpdateReport(
             loss=sum(losses) / len(losses),
             grad_norm=sum(norms) / len(norms),
-            inner_epochs=seen / len(tokens),
+            inner_epochs=seen / count,
             learning_rate=learning_rate,
             skipped_steps=self.skipped_steps,
         )
 
-    def _minibatches(self, count: int, generator: torch.Generator):  # noqa: ANN202
+    def _minibatches(self, count: int, size: int, generator: torch.Generator):  # noqa: ANN202
         for epoch in range(self.objective.inner_epochs):
-            for index in torch.randperm(count, generator=generator).split(self.objective.minibatch_tokens):
+            for index in torch.randperm(count, generator=generator).split(size):
                 yield index, epoch == 0
 
     def _terms(self, batch: TokenBatch) -> PolicyTerms:
         return self.head.terms(batch, self.temperature, self.anchor.divergence)
 
-    def _left_trust_region(self, terms: PolicyTerms, batch: TokenBatch) -> bool:
+    def _left_trust_region(self, part: _Part) -> bool:
         target = self.objective.target_kl
-        return target is not None and behaviour_kl(terms.logps.detach(), batch.logps).item() > target
+        return target is not None and behaviour_kl(part.logps.detach(), part.behaviour_logps).item() > target
+
+
+class _Part(NamedTuple):
+    """What a minibatch's loss is made of, one entry a token or decision."""
+
+    logps: Tensor
+    behaviour_logps: Tensor
+    advantages: Tensor
+    anchor: Tensor

@@ -43,7 +43,8 @@ def train(
     listener: Listener | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> TrainResult:
-    """Train a TEA head as a recipe says, into a run directory: from prompts, or offline from labelled rows or stored states.
+    """Train a TEA head as a recipe says, into a run directory: from prompts, in an environment, or offline from labelled rows
+    or stored states.
 
     Args:
         recipe: a recipe, the name of a shipped one, or a YAML path.
@@ -62,6 +63,10 @@ def train(
             from tea_rl.training.offline import OfflineTrainer
 
             return OfflineTrainer(recipe, run, listener, resume).run_to_end(should_stop)
+        if recipe.env.id is not None:
+            from tea_rl.training.episodes import EpisodeTrainer
+
+            return EpisodeTrainer(recipe, run, listener, resume).run_to_end(should_stop)
         return OnlineTrainer(recipe, run, listener, resume).run_to_end(should_stop)
 
 

@@ -1,0 +1,321 @@
+"""The groups of a recipe. Field descriptions are the only help text: the command line and the README print them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+
+class Group(BaseModel):
+    """Settings; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, validate_assignment=True)
+
+
+class ModelConfig(Group):
+    """The frozen backbone."""
+
+    name_or_path: str = Field(
+        "HuggingFaceTB/SmolLM2-135M-Instruct", min_length=1, description="Hub id, local folder or .gguf file."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Number format of the backbone; auto picks the fastest safe one for the device."
+    )
+    quantization: Literal["none", "int8", "nf4"] = Field(
+        "none", description="Load the backbone's weights in 8 or 4 bits (bitsandbytes)."
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where the backbone runs.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a Hub model.")
+
+
+class DataConfig(Group):
+    """Prompts to generate from, or labelled rows or stored states to learn from, and which of them are held out."""
+
+    prompts: str | list[str] | None = Field(
+        None,
+        description="Online: a list of prompts; a .txt (one a line), .jsonl, .json, .csv or .parquet file; a datasets "
+        "folder or Hub id; or reasoning_gym/NAME.",
+        examples=["prompts.txt"],
+    )
+    dataset: str | None = Field(
+        None,
+        min_length=1,
+        description="Offline: labelled rows (see tea-rl data check): a .jsonl, .json, .csv, .parquet or .txt file, a "
+        "datasets folder or Hub id.",
+    )
+    store: str | None = Field(
+        None, min_length=1, description="Offline: a state store made by tea-rl embed or tea-rl rollout."
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Names of the dataset's columns where they differ: {completion: text, reward: stars}.",
+    )
+    max_length: int | None = Field(
+        None,
+        ge=2,
+        description="Longest dataset row in tokens, prompt included; longer ones are cut and counted.",
+    )
+    kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Settings of the source: a reasoning_gym generator's own, or name, split, data_dir, revision of a "
+        "dataset.",
+    )
+    size: int = Field(
+        512, ge=1, description="How many questions a reasoning_gym generator writes (repeats are dropped)."
+    )
+    exclude: list[str] = Field(
+        default_factory=list, description="Prompts to leave out, such as the worked examples of the template."
+    )
+    format: Literal["plain", "chat"] = Field(
+        "plain",
+        description="plain = the model continues the text; chat = one user turn in the model's chat template.",
+    )
+    template: str = Field("{prompt}", description="Text around each prompt; {prompt} stands for it.")
+    system: str | None = Field(None, description="System message (format chat).")
+    eval_prompts: str | list[str] | None = Field(
+        None, description="Held-out prompts from their own source, given like prompts; none is trained on."
+    )
+    eval_fraction: float = Field(
+        0.25,
+        ge=0.0,
+        lt=1.0,
+        description="Share of distinct prompts held out; unused when eval_prompts is given.",
+    )
+    eval_size: int | None = Field(None, ge=1, description="Most held-out prompts an evaluation uses.")
+    split_seed: int = Field(0, ge=0, description="Seed of the split, and of a reasoning_gym generator.")
+
+    @field_validator("prompts", "eval_prompts")
+    @classmethod
+    def _not_empty(cls, value: str | list[str] | None) -> str | list[str] | None:
+        if value is not None and (
+            not value or not all(item.strip() for item in ([value] if isinstance(value, str) else value))
+        ):
+            raise ValueError("must hold at least one prompt, and no blank one")
+        return value
+
+    @field_validator("template")
+    @classmethod
+    def _has_placeholder(cls, value: str) -> str:
+        if "{prompt}" not in value:
+            raise ValueError("must contain {prompt}, or every prompt would read the same")
+        return value
+
+
+class WrapperSpec(Group):
+    """A wrapper around the environment."""
+
+    name: str = Field(
+        min_length=1,
+        description="reward_terms, step_penalty, parse_action, admissible_actions, time_limit or worked_examples.",
+    )
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="Settings of the wrapper.")
+
+
+class ExpertConfig(Group):
+    """Imitation of the environment's expert before reinforcement learning begins."""
+
+    episodes: int = Field(0, ge=0, description="Expert episodes to imitate; 0 = none.")
+    num_train_epochs: float = Field(8.0, gt=0.0, description="Passes over their turns.")
+    learning_rate: float = Field(1e-3, gt=0.0, description="Of this phase.")
+
+
+class EnvConfig(Group):
+    """A text environment to play in, and how its turns become text."""
+
+    id: str | None = Field(
+        None, min_length=1, description="Any gymnasium id with text (see tea-rl envs); null = no environment."
+    )
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="Settings of the environment.")
+    wrappers: list[WrapperSpec] = Field(default_factory=list, description="Wrappers, innermost first.")
+    num_starts: int = Field(256, ge=1, description="Different starts to train on: indices 0, 1, ...")
+    eval_starts: int = Field(64, ge=0, description="Different held-out starts: indices from 1,000,000.")
+    format: Literal["plain", "chat"] = Field(
+        "plain", description="plain = a transcript; chat = turns of the model's chat template."
+    )
+    system: str | None = Field(None, description="System message; a plain transcript begins with it.")
+    user: str = Field(
+        "{observation}", description="Plain: text of the environment's turn; {observation} stands for it."
+    )
+    assistant_end: str = Field("\n", description="Plain: text behind the model's turn.")
+    choice_prefix: str = Field(" ", description="Text before a listed choice and an expert's answer.")
+    choose_admissible: bool = Field(
+        False, description="Score the answers that the environment lists instead of writing freely."
+    )
+    max_turns: int = Field(32, ge=1, description="Turns after which an episode is cut.")
+    max_context: int | None = Field(
+        None, ge=2, description="Most tokens of a conversation; null = what the model reads."
+    )
+    num_parallel: int = Field(64, ge=1, description="Episodes played together.")
+    step_timeout: float = Field(60.0, gt=0.0, description="Seconds an environment may take to answer.")
+    discount: float = Field(1.0, ge=0.0, le=1.0, description="Weight of a reward one turn later.")
+    gae_lambda: float = Field(
+        0.95, ge=0.0, le=1.0, description="ppo: 0 trusts the value head, 1 the rewards."
+    )
+    expert: ExpertConfig = Field(default_factory=ExpertConfig, description="Supervised start.")
+
+    @field_validator("user")
+    @classmethod
+    def _has_observation(cls, value: str) -> str:
+        if "{observation}" not in value:
+            raise ValueError("must contain {observation}, or the model would not see the environment")
+        return value
+
+
+class RewardSpec(Group):
+    """One term of the reward."""
+
+    name: str = Field(
+        min_length=1, description="A built-in reward, or path/to/file.py:function.", examples=["sentiment"]
+    )
+    weight: float = Field(1.0, description="Factor of this term in the sum; negative punishes.")
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="Settings passed to the reward.")
+
+
+class RolloutConfig(Group):
+    """How completions are sampled in training."""
+
+    prompts_per_step: int = Field(8, ge=1, description="Distinct prompts in a step.")
+    num_generations: int = Field(8, ge=1, description="Completions of each prompt; they form a group.")
+    max_completion_length: int = Field(32, ge=1, description="Most new tokens of a completion.")
+    temperature: float = Field(
+        1.0, gt=0.0, description="Divides the logits; the policy is defined at this temperature."
+    )
+    top_p: float = Field(1.0, gt=0.0, le=1.0, description="Nucleus sampling; training needs 1 (off).")
+    top_k: int = Field(0, ge=0, description="Top-k sampling; training needs 0 (off).")
+    stop: list[str] = Field(
+        default_factory=list,
+        description='A completion ends with the first token whose text contains one of these ("\\n").',
+    )
+
+    @field_validator("stop")
+    @classmethod
+    def _no_empty_stop(cls, value: list[str]) -> list[str]:
+        if "" in value:
+            raise ValueError("must hold no empty text, which every token contains")
+        if "\\n" in value:
+            raise ValueError('holds a backslash and an n; for a line break write "\\n" in double quotes')
+        return value
+
+
+#: Objectives that learn from labels alone; the others need rollouts (stored ones will do).
+OFFLINE_OBJECTIVES = ("cross_entropy", "reward_weighted", "awr", "dpo", "ipo", "kto")
+
+
+class ObjectiveConfig(Group):
+    """What a step optimises, and how far it may go."""
+
+    name: Literal[
+        "grpo", "rloo", "reinforce", "ppo",
+        "cross_entropy", "reward_weighted", "awr", "dpo", "ipo", "kto",
+    ] = Field("grpo", description="Algorithm; the last six learn from data alone.")  # fmt: skip
+    beta: float = Field(
+        0.1,
+        gt=0.0,
+        description="dpo, ipo, kto: weight of the log-ratio to the original model; awr: temperature of the advantage.",
+    )
+    negative_bound: float = Field(
+        2.0,
+        gt=0.0,
+        description="reward_weighted: how much surprise (nats) a negative reward may buy, softly.",
+    )
+    clip_range: float = Field(
+        0.2, gt=0.0, lt=1.0, description="PPO clip: largest change of a token's probability ratio."
+    )
+    clip_range_high: float | None = Field(
+        None, gt=0.0, description="Upper clip when it differs from clip_range."
+    )
+    inner_epochs: int = Field(6, ge=1, description="Most passes over one rollout.")
+    minibatch_tokens: int = Field(512, ge=1, description="Tokens in one optimizer step, about.")
+    target_kl: float | None = Field(
+        0.05,
+        gt=0.0,
+        description="Trust region: the passes end once KL(behaviour || policy) exceeds it; null = off.",
+    )
+    scale_rewards: Literal["group", "batch", "none"] = Field(
+        "group",
+        description="What grpo divides advantages by: standard deviation of the group, of the batch, or nothing.",
+    )
+
+
+class AnchorConfig(Group):
+    """The pull back to the original model."""
+
+    conservativity: float = Field(
+        0.05, ge=0.0, description="Strength of the anchor; useful up to about 2, 0 = off."
+    )
+    divergence: Literal["reverse_kl", "forward_kl", "logit_l1"] = Field(
+        "reverse_kl", description="Distance to the original model, computed exactly."
+    )
+    dataset: str | None = Field(
+        None,
+        min_length=1,
+        description="Offline: ordinary text on which the policy is held to the original model, instead of on the rows it learns "
+        "from; any source that data.dataset takes.",
+    )
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="Settings of that source.")
+    size: int | None = Field(None, ge=2, description="Rows of it to use, the first ones; null = all.")
+    minibatch_tokens: int = Field(256, ge=1, description="Tokens of it in each optimizer step, about.")
+
+
+class TrainConfig(Group):
+    """Optimizer, schedule and bookkeeping."""
+
+    learning_rate: float = Field(3e-4, gt=0.0, description="Peak learning rate.")
+    warmup_steps: int = Field(5, ge=0, description="Steps over which the learning rate rises from 0.")
+    lr_scheduler_type: Literal[
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+        "inverse_sqrt",
+    ] = Field("constant_with_warmup", description="Schedule, by its name in transformers.")
+    max_steps: int = Field(24, ge=1, description="Steps of training; each is one rollout and its update.")
+    optim: Literal["adamw", "ademamix", "sgd"] = Field("adamw", description="Optimizer.")
+    weight_decay: float = Field(0.0, ge=0.0, description="Decoupled weight decay.")
+    adam_beta1: float = Field(0.9, ge=0.0, lt=1.0, description="First moment's decay.")
+    adam_beta2: float = Field(0.999, ge=0.0, lt=1.0, description="Second moment's decay.")
+    max_grad_norm: float = Field(1.0, gt=0.0, description="Gradients are clipped to this norm.")
+    save_steps: int = Field(10, ge=1, description="Steps between checkpoints.")
+    save_total_limit: int | None = Field(3, ge=1, description="Checkpoints kept; null = all.")
+    eval_steps: int = Field(10, ge=1, description="Steps between evaluations on the held-out prompts.")
+    eval_generations: int = Field(
+        1, ge=1, description="Sampled completions per held-out prompt at an evaluation."
+    )
+    sample_prompts: int = Field(
+        8, ge=0, description="Held-out prompts whose completions go to samples.jsonl."
+    )
+    seed: int = Field(0, ge=0, description="Seed of everything random in training.")
+    report_to: Literal["none", "tensorboard", "trackio", "wandb"] = Field(
+        "none", description="Experiment tracker."
+    )
+    num_train_epochs: float | None = Field(
+        None, gt=0.0, description="Offline: passes over the data; null = max_steps decides."
+    )
+    metric_for_best_model: str | None = Field(
+        None,
+        description="Offline: held-out metric whose best head is kept, such as eval_loss or eval_accuracy; null = the last "
+        "head.",
+    )
+    early_stopping_patience: int | None = Field(
+        None,
+        ge=1,
+        description="Offline: evaluations without a better metric_for_best_model before the run ends.",
+    )
+    token_dropout: float = Field(
+        0.0, ge=0.0, lt=1.0, description="Offline: share of tokens left out of each update, drawn anew."
+    )
+    state_noise: float = Field(
+        0.0, ge=0.0, description="Offline: noise added to states, as a share of their standard deviation."
+    )
+    short_answer_damping: float = Field(
+        0.0,
+        ge=0.0,
+        description="Offline: rows shorter than this many tokens weigh length / this; 0 = all weigh the same.",
+    )
+    max_skipped_steps: int = Field(
+        5, ge=1, description="Steps in a row with non-finite numbers before the run stops."
+    )
+    num_threads: int | None = Field(None, ge=1, description="CPU threads of torch; null = torch's choice.")

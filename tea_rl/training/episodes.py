@@ -1,0 +1,300 @@
+"""Online reinforcement learning in text environments: play, credit every turn, update.
+
+As in `tea_rl.training.online` the transformer runs only to play; what it computed on the way is all that an update reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tea_rl.backbone import load_backbone
+from tea_rl.errors import TeaError
+from tea_rl.evaluation.episodes import evaluate_episodes, mean_return, rollout_metrics
+from tea_rl.evaluation.evaluate import Sample
+from tea_rl.head.layer import TeaHead
+from tea_rl.objectives.credit import discounted_returns, gae, turn_advantages
+from tea_rl.recipe import EnvConfig, Recipe
+from tea_rl.rollout.conversation import ConversationFormat
+from tea_rl.rollout.episode_batch import EpisodeBatch, EpisodeSettings, EpisodeStart
+from tea_rl.rollout.episodes import run_episodes
+from tea_rl.training.critic import Critic
+from tea_rl.training.imitation import imitate
+from tea_rl.training.learner import Learner, UpdateReport
+from tea_rl.training.loop import TrainingLoop, TrainResult
+from tea_rl.training.manifest import BaseModelFacts
+from tea_rl.training.plots import write_curves
+from tea_rl.training.progress import Listener
+from tea_rl.training.run_directory import RunDirectory
+from tea_rl.training.seeding import prompts_of_step, seed_step
+
+if TYPE_CHECKING:
+    import gymnasium
+
+#: Index of the first held-out start.
+EVAL_START = 1_000_000
+#: Samples shown are cut to so many characters.
+_SHOWN = 2000
+
+
+def environment_maker(env: EnvConfig) -> Any:
+    """A function that makes a recipe's environment; it is made once here, so that a mistake shows at once.
+
+    Raises:
+        TeaError: unknown id, settings or wrappers it refuses, or a package that is missing.
+    """
+    from tea_rl.envs import make_env
+
+    assert env.id is not None
+    name, kwargs = env.id, env.kwargs
+    wrappers = [wrapper.model_dump() for wrapper in env.wrappers]
+
+    def make() -> gymnasium.Env[str, str]:
+        return make_env(name, kwargs, wrappers)
+
+    make().close()
+    return make
+
+
+def episode_settings(recipe: Recipe) -> EpisodeSettings:
+    """How a recipe plays."""
+    env = recipe.env
+    return EpisodeSettings(
+        num_parallel=env.num_parallel,
+        max_new_tokens=recipe.rollout.max_completion_length,
+        max_turns=env.max_turns,
+        max_context=env.max_context,
+        temperature=recipe.rollout.temperature,
+        stop=tuple(recipe.rollout.stop),
+        conversation=ConversationFormat(
+            env.format, env.system, env.user, env.assistant_end, env.choice_prefix
+        ),
+        choose_admissible=env.choose_admissible,
+        step_timeout=env.step_timeout,
+    )
+
+
+class EpisodeTrainer(TrainingLoop):
+    """A run in an environment; `tea_rl.training.online.train` is the usual way in."""
+
+    learner: Learner
+
+    def __init__(self, recipe: Recipe, run: RunDirectory, listener: Listener, resume: bool) -> None:
+        super().__init__(recipe, run, listener, resume)
+        self.make_env = environment_maker(recipe.env)
+        self.settings = episode_settings(recipe)
+        if recipe.rollout.prompts_per_step > recipe.env.num_starts:
+            raise TeaError(
+                f"rollout.prompts_per_step is {recipe.rollout.prompts_per_step}, but env.num_starts only "
+                f"{recipe.env.num_starts}; lower the one or raise the other"
+            )
+        listener.on_note(f"loading {recipe.model.name_or_path}")
+        self.backbone = load_backbone(**recipe.model.model_dump(), notify=listener.on_note)
+        head = TeaHead.for_backbone(self.backbone, recipe.head, seed=recipe.train.seed)
+        learner = Learner(
+            head,
+            recipe.objective,
+            recipe.anchor,
+            recipe.train,
+            recipe.rollout.temperature,
+            recipe.train.max_steps,
+        )
+        uses_critic = recipe.objective.name == "ppo"
+        self.critic = Critic(head, recipe.train.seed, recipe.objective.inner_epochs) if uses_critic else None
+        digest = hashlib.sha256(json.dumps(recipe.env.model_dump(), sort_keys=True).encode()).hexdigest()
+        self._prepare(head, learner, BaseModelFacts.of_backbone(self.backbone), digest)
+        self.base_samples: list[Sample] = []
+        self._measured_base = False
+
+    def _begin(self) -> int:
+        first = super()._begin()
+        self._evaluate(0)  # of the original model, before the expert is imitated
+        expert = self.recipe.env.expert
+        if expert.episodes:
+            self.listener.on_note(f"imitating {expert.episodes} expert episodes")
+            seed_step(self.recipe.train.seed, 0)
+            loss = imitate(self.backbone, self.head, self.make_env, self.settings, self.recipe)
+            self.listener.on_note(f"imitated: cross-entropy {loss:.3f} nats a token in the last pass")
+            self._evaluate(0, imitated=True)
+        return first
+
+    def _step(self, step: int) -> None:
+        """Play, credit, update."""
+        recipe, started = self.recipe, time.perf_counter()
+        generator = seed_step(recipe.train.seed, step)
+        chosen = prompts_of_step(
+            recipe.train.seed, step, recipe.env.num_starts, recipe.rollout.prompts_per_step
+        )
+        starts = [
+            EpisodeStart(index, number)
+            for index in chosen
+            for number in range(recipe.rollout.num_generations)
+        ]
+        batch = run_episodes(
+            self.backbone, self.head, self.make_env, starts, self.settings, (recipe.train.seed, step)
+        )
+        advantage, figures = self._credit(batch, generator)
+        report = self._update(batch, advantage, generator)
+        row = {
+            "step": step,
+            "reward": mean_return(batch.episodes),
+            **rollout_metrics(batch),
+            **figures,
+            "loss": report.loss,
+            "grad_norm": report.grad_norm,
+            "learning_rate": report.learning_rate,
+            "inner_epochs": report.inner_epochs,
+            "skipped_steps": report.skipped_steps,
+            "tokens_per_second": (len(batch.tokens) + len(batch.choices or ())) / batch.seconds,
+            "environment_share": batch.environment_seconds / batch.seconds,
+            "seconds": time.perf_counter() - started,
+        }
+        self._log(step, row)
+        self.listener.on_step(row)
+
+    def _credit(self, batch: EpisodeBatch, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        """Advantage of every turn, ``(T,)``, 0 in failed episodes; and what the value head says."""
+        objective, env = self.recipe.objective, self.recipe.env
+        sound = [n for n, turn in enumerate(batch.turns) if batch.episodes[turn.episode].failed is None]
+        advantage = torch.zeros(len(batch.turns))
+        if not sound:
+            return advantage, {}
+        turns = [batch.turns[n] for n in sound]
+        rewards = torch.tensor([turn.reward for turn in turns])
+        episode_of_turn = torch.tensor([turn.episode for turn in turns])
+        if self.critic is None:
+            groups = torch.tensor([episode.start.index for episode in batch.episodes])
+            returns = discounted_returns(rewards, episode_of_turn, env.discount)
+            advantage[sound] = turn_advantages(
+                objective.name, returns, groups, episode_of_turn, objective.scale_rewards
+            )
+            return advantage, {}
+        states = turn_states(batch)[sound]
+        estimate = self.critic(states)
+        final = self._final_values(batch)
+        ended = torch.tensor([episode.terminated for episode in batch.episodes])
+        credit = gae(rewards, estimate.mean, final, ended, episode_of_turn, env.discount, env.gae_lambda)
+        spread = credit.advantages.std() if len(sound) > 1 else torch.zeros(())
+        advantage[sound] = (credit.advantages - credit.advantages.mean()) / (spread + 1e-4)
+        loss = self.critic.update(states, credit.value_targets, generator)
+        return advantage, {"value_loss": loss, "value_spread": estimate.spread.mean().item()}
+
+    def _final_values(self, batch: EpisodeBatch) -> Tensor:
+        """Value of the state each cut episode was left in, ``(E,)``; 0 for the others."""
+        assert self.critic is not None
+        values = torch.zeros(len(batch.episodes))
+        cut = [n for n, episode in enumerate(batch.episodes) if episode.final_state is not None]
+        if cut:
+            states = torch.stack([batch.episodes[n].final_state for n in cut])  # type: ignore[misc]
+            values[cut] = self.critic(states).mean
+        return values
+
+    def _update(self, batch: EpisodeBatch, advantage: Tensor, generator: torch.Generator) -> UpdateReport:
+        advantage = advantage.to(self.backbone.device)
+        if batch.choices is not None:
+            return self.learner.update_choices(batch.choices, advantage[batch.choices.turns], generator)
+        if not len(batch.tokens):
+            raise TeaError(
+                f"every episode of {self.recipe.env.id} failed ({batch.episodes[0].failed}); mend the environment"
+            )
+        return self.learner.update(batch.tokens, advantage[batch.tokens.rows], generator)
+
+    def _evaluate(self, step: int, record: bool = True, imitated: bool = False) -> None:
+        """Held-out starts; at step 0 of the original model, then of the head that has imitated the expert."""
+        recipe = self.recipe
+        if not recipe.env.eval_starts or (step == 0 and self._measured_base and not imitated):
+            return
+        seed_step(recipe.train.seed, step)
+        starts = [EVAL_START + number for number in range(recipe.env.eval_starts)]
+        result = evaluate_episodes(
+            self.backbone,
+            self.head,
+            self.make_env,
+            starts,
+            self.settings,
+            recipe.train.eval_generations,
+            recipe.train.seed,
+        )
+        self.last_evaluation = result
+        row: dict[str, Any] = {"step": step, **result.metrics}
+        if imitated:
+            row["imitated"] = True
+        elif step == 0:
+            self._measured_base = True
+            self.base_samples = result.samples[: recipe.train.sample_prompts]
+            row.update(self._without_skill(starts))
+        if record:
+            self._log(step, row)
+            self.run.append_samples(
+                [
+                    {
+                        "step": step,
+                        "prompt": base.prompt,
+                        "base": base.completion[:_SHOWN],
+                        "trained": trained.completion[:_SHOWN],
+                        "base_reward": base.reward,
+                        "trained_reward": trained.reward,
+                    }
+                    for base, trained in zip(self.base_samples, result.samples, strict=False)
+                ]
+            )
+            self._flush()
+            write_curves(self.run.read_metrics(), self.run.path / "curves.png")
+        self.listener.on_evaluation(row)
+
+    def _without_skill(self, starts: list[int]) -> dict[str, float]:
+        """What constant, random and expert answers earn on the held-out starts: beating the first two is the claim."""
+        from tea_rl.envs.checking import reference_scores
+
+        env = self.make_env()
+        try:
+            found = reference_scores(env, starts)
+        except Exception as error:  # an environment that fails now and then must not end the run here
+            self.listener.on_note(
+                f"no constant, random or expert score: {type(error).__name__}: {error!s:.100}"
+            )
+            return {}
+        finally:
+            env.close()
+        return {f"eval_{name}_reward": value for name, value in found.items()}
+
+    def _write_state(self, folder: Path) -> dict[str, Any]:
+        if self.critic is not None:
+            self.critic.save(folder / "value")
+        return super()._write_state(folder)
+
+    def _load_state(self, state: dict[str, Any], folder: Path) -> None:
+        super()._load_state(state, folder)
+        if self.critic is not None:
+            self.critic.load(folder / "value")
+        rows = [row for row in self.run.read_samples() if row["step"] == 0]
+        rows = rows[: self.recipe.train.sample_prompts]  # a second set is that of the imitating head
+        self.base_samples = [Sample(row["prompt"], row["base"], row["base_reward"]) for row in rows]
+
+    def _finish(self) -> None:
+        super()._finish()
+        if self.critic is not None:
+            self.critic.value.save(self.run.path / "value")
+
+    def _result(self, step: int, stopped: bool) -> TrainResult:
+        return TrainResult(self.run.path, step, stopped, self.last_evaluation, self.base_samples)
+
+
+def turn_states(batch: EpisodeBatch) -> Tensor:
+    """The state in which the first token (or choice) of every turn was chosen, ``(T, W)``; 0 for turns that left none."""
+    like = batch.tokens.states if batch.choices is None else batch.choices.tokens.states
+    states = like.new_zeros(len(batch.turns), like.shape[-1])
+    first = batch.tokens.positions == 0
+    states[batch.tokens.rows[first]] = batch.tokens.states[first]
+    if batch.choices is not None:
+        choices = batch.choices
+        first = choices.tokens.positions == 0
+        turn = choices.turns[choices.decision_of_choice[choices.tokens.rows[first]]]
+        states[turn] = choices.tokens.states[first]
+    return states

@@ -1,0 +1,140 @@
+"""A supervised start: the head imitates an environment's expert, where the original model never earns a reward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tea_rl.backbone import Backbone
+from tea_rl.errors import TeaError
+from tea_rl.head.context import ContextState
+from tea_rl.head.layer import AUTO_SHORTLIST_SIZE, TeaHead
+from tea_rl.objectives.anchor import anchored_loss
+from tea_rl.objectives.supervised import cross_entropy
+from tea_rl.recipe import Recipe
+from tea_rl.rollout.conversation import Conversation
+from tea_rl.rollout.episode_batch import EpisodeSettings
+from tea_rl.rollout.trajectory import TokenBatch
+from tea_rl.states.embed import plan_batches
+from tea_rl.states.labelling import TokenLabeller
+from tea_rl.training.optimization import HeadOptimizer
+
+if TYPE_CHECKING:
+    import gymnasium
+
+
+def imitate(
+    backbone: Backbone,
+    head: TeaHead,
+    make_env: Callable[[], gymnasium.Env[str, str]],
+    settings: EpisodeSettings,
+    recipe: Recipe,
+) -> float:
+    """Play the expert's episodes, read them once, and train on its answers by cross-entropy.
+
+    Returns:
+        cross-entropy of the last pass, nats a token.
+
+    Raises:
+        TeaError: if the environment has no expert.
+    """
+    expert = recipe.env.expert
+    context = settings.max_context or backbone.max_length
+    conversations = expert_conversations(
+        make_env,
+        Conversation(backbone.tokenizer, settings.conversation),
+        expert.episodes,
+        settings.max_turns,
+        context,
+    )
+    tokens = _answers(backbone, head, conversations, settings.temperature)
+    size = recipe.objective.minibatch_tokens
+    steps_per_epoch = max(1, round(len(tokens) / size))
+    total = max(1, round(expert.num_train_epochs * steps_per_epoch))
+    train = recipe.train.model_copy(update={"learning_rate": expert.learning_rate})
+    optimizer = HeadOptimizer(head, recipe.objective, recipe.anchor, train, settings.temperature, total)
+    head.train()
+    losses: list[float] = []
+    parts: list[Tensor] = []
+    for _ in range(total):
+        parts = parts or list(torch.randperm(len(tokens)).chunk(steps_per_epoch))
+        terms = head.terms(tokens.select(parts.pop()), settings.temperature, recipe.anchor.divergence)
+        task = cross_entropy(terms.logps).mean()
+        optimizer.descend(anchored_loss(task, terms.anchor.mean(), recipe.anchor.conservativity))
+        optimizer.end_step()
+        losses.append(task.item())
+    head.eval()
+    last = losses[-steps_per_epoch:]
+    return sum(last) / len(last)
+
+
+def expert_conversations(
+    make_env: Callable[[], gymnasium.Env[str, str]],
+    conversation: Conversation,
+    episodes: int,
+    max_turns: int,
+    max_tokens: int,
+) -> list[tuple[list[int], list[bool]]]:
+    """Token ids of the expert's episodes at starts 0, 1, ... and which of them it said; cut at a turn that does not fit.
+
+    Raises:
+        TeaError: if the environment has no expert.
+    """
+    env, found = make_env(), []
+    try:
+        for index in range(episodes):
+            observation, info = env.reset(seed=index, options={"index": index})
+            ids = conversation.first(observation)
+            said = [False] * len(ids)
+            for _ in range(max_turns):
+                if info.get("expert") is None:
+                    raise TeaError(
+                        f"env.expert.episodes is {episodes}, but {env.spec.id if env.spec else env} has no expert; set it to 0"
+                    )
+                answer = conversation.choice(info["expert"])
+                if len(ids) + len(answer) > max_tokens:
+                    break
+                ids, said = [*ids, *answer], [*said, *[True] * len(answer)]
+                observation, _, terminated, truncated, info = env.step(info["expert"])
+                following = conversation.following(answer, observation)
+                if terminated or truncated:
+                    break
+                ids, said = [*ids, *following], [*said, *[False] * len(following)]
+            found.append((ids, said))
+    finally:
+        env.close()
+    return found
+
+
+@torch.no_grad()
+def _answers(
+    backbone: Backbone,
+    head: TeaHead,
+    conversations: list[tuple[list[int], list[bool]]],
+    temperature: float,
+) -> TokenBatch:
+    """Records of the expert's tokens, from one pass over every conversation."""
+    size = AUTO_SHORTLIST_SIZE if head.full_vocabulary else head.shortlist_size
+    labeller = TokenLabeller.for_backbone(backbone, size, temperature)
+    batches, num_states = [], 0
+    for rows in plan_batches([len(ids) for ids, _ in conversations]):
+        longest = max(len(conversations[row][0]) for row in rows)
+        ids = torch.full((len(rows), longest), backbone.pad_token_id)
+        real = torch.zeros(len(rows), longest, dtype=torch.long)
+        said = torch.zeros(len(rows), longest, dtype=torch.bool)
+        # Padding on the right: causal attention never reads it.
+        for number, row in enumerate(rows):
+            tokens, mine = conversations[row]
+            ids[number, : len(tokens)] = torch.tensor(tokens)
+            real[number, : len(tokens)] = 1
+            said[number, : len(tokens)] = torch.tensor(mine)
+        ids, real, said = (part.to(backbone.device) for part in (ids, real, said))
+        states = backbone.forward(ids, attention_mask=real, context=ContextState.begin(head.config.context))
+        batch = labeller.label(states[:, :-1][said[:, 1:]], ids[said], said.sum(dim=1).tolist())
+        batch.state_ids = torch.arange(len(batch), device=backbone.device) + num_states
+        num_states += len(batch)
+        batches.append(batch)
+    return TokenBatch.cat(batches)
