@@ -129,7 +129,7 @@ class EnvConfig(Group):
     kwargs: dict[str, Any] = Field(default_factory=dict, description="Settings of the environment.")
     wrappers: list[WrapperSpec] = Field(default_factory=list, description="Wrappers, innermost first.")
     num_starts: int = Field(256, ge=1, description="Different starts to train on: indices 0, 1, ...")
-    eval_starts: int = Field(64, ge=0, description="Different held-out starts: indices from 1,000,000.")
+    eval_starts: int = Field(64, ge=0, description="Held-out starts: the indices behind those.")
     format: Literal["plain", "chat"] = Field(
         "plain", description="plain = a transcript; chat = turns of the model's chat template."
     )

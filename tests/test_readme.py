@@ -57,8 +57,10 @@ def test_make_targets_exist():
 def test_recipe_example_parses(tmp_path):
     (tmp_path / "my_prompts.txt").write_text("Hello\n")
     (tmp_path / "my_rewards.py").write_text(blocks("python")[0])
-    (recipe,) = blocks("yaml")
+    recipe, game = blocks("yaml")
     (tmp_path / "my_recipe.yaml").write_text(recipe)
+    (tmp_path / "my_game.yaml").write_text(game)
+    assert load_recipe(str(tmp_path / "my_game.yaml")).env.id == "tea_rl/FrozenLake-v0"
     loaded = load_recipe(str(tmp_path / "my_recipe.yaml"))
     rewards = load_rewards(loaded.rewards, loaded.base_dir)
     assert rewards(["Hello"], ["Yes, please."], {}).terms["polite"] == [1.0]

@@ -37,8 +37,6 @@ from tea_rl.training.seeding import prompts_of_step, seed_step
 if TYPE_CHECKING:
     import gymnasium
 
-#: Index of the first held-out start.
-EVAL_START = 1_000_000
 #: Samples shown are cut to so many characters.
 _SHOWN = 2000
 
@@ -60,6 +58,11 @@ def environment_maker(env: EnvConfig) -> Any:
 
     make().close()
     return make
+
+
+def held_out_starts(env: EnvConfig) -> list[int]:
+    """Indices of the held-out starts: those behind the ones trained on, for environments count theirs round."""
+    return list(range(env.num_starts, env.num_starts + env.eval_starts))
 
 
 def episode_settings(recipe: Recipe) -> EpisodeSettings:
@@ -211,7 +214,7 @@ class EpisodeTrainer(TrainingLoop):
         if not recipe.env.eval_starts or (step == 0 and self._measured_base and not imitated):
             return
         seed_step(recipe.train.seed, step)
-        starts = [EVAL_START + number for number in range(recipe.env.eval_starts)]
+        starts = held_out_starts(recipe.env)
         result = evaluate_episodes(
             self.backbone,
             self.head,
