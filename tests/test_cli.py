@@ -18,6 +18,7 @@ from tea_rl.recipe import shipped_recipes
 
 COMMANDS = [
     "train", "recipes", "generate", "chat", "evaluate", "doctor", "embed", "rollout", "inspect", "relabel", "sweep",
+    "envs", "play",
 ]  # fmt: skip
 ROOT = Path(__file__).parents[1]
 

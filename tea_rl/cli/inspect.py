@@ -103,14 +103,27 @@ def _inspect_run(path: Path, row: int | None, start: int, limit: int, as_json: b
         print_json(shown)
     elif row is not None:
         for name, value in shown[0].items():
-            typer.echo(f"{name + ':':16} {_cell(value, 4000)}")
+            if isinstance(value, str) and "\n" in value.strip(
+                "\n"
+            ):  # a transcript, or a text of several lines
+                typer.echo(f"{name}:\n" + "\n".join(f"  | {line}" for line in _lines(value)))
+            else:
+                typer.echo(f"{name + ':':16} {_cell(value, 4000)}")
     else:
         titles = list(dict.fromkeys(name for item in shown for name in item))
         _print_table(titles, [[_cell(item.get(title)) for title in titles] for item in shown])
         if start + limit < len(rows):
             note(f"{len(rows) - start - limit} more {what}; --start {start + limit} goes on")
+        if what == "samples":
+            note("--row N shows one in full")
     if what == "evaluations":
         note(f"{path} has no samples, so these are its held-out figures; look at rows with {_rows_of(path)}")
+
+
+def _lines(text: str) -> list[str]:
+    """Lines of a transcript, printable; what a model wrote may hold anything, also what moves a terminal's cursor."""
+    lines = text.strip("\n").split("\n")
+    return ["".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in line) for line in lines]
 
 
 def _run_items(path: Path) -> tuple[str, list[dict[str, Any]]]:
@@ -183,7 +196,7 @@ def _print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def _cell(value: Any, limit: int = 60) -> str:
     """A value in one line; the end of a long text is left out."""
-    if value is None:
+    if value is None or value != value:  # NaN: nothing was measured
         return "-"
     if isinstance(value, float):
         return f"{value:+.3f}"

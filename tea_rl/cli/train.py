@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,6 +32,27 @@ _OFFLINE_FIGURES = (
     ("pairs, chosen likelier", "eval_pair_accuracy_logp", "eval_base_pair_accuracy"),
     ("KL", "eval_kl", None),
 )
+#: Figures of a line and how they read: of a step in an environment, of held-out prompts and starts, of no skill.
+_ENV_STEP_FIGURES = (("reward", "return {:+.3f}"), ("turns", "{:.1f} turns"), ("invalid", "invalid {:.0%}"))
+_PROMPT_FIGURES = (
+    ("eval_reward", "reward {:+.3f} sampled"),
+    ("eval_reward_greedy", "{:+.3f} greedy"),
+    ("eval_kl", "KL {:.3f}"),
+    ("eval_distinct_2", "distinct bigrams {:.2f}"),
+    ("eval_base_nll", "surprise {:.2f}"),
+)
+_ENV_FIGURES = (
+    ("eval_reward", "return {:+.3f} sampled"),
+    ("eval_reward_greedy", "{:+.3f} greedy"),
+    ("eval_turns", "{:.1f} turns"),
+    ("eval_invalid", "invalid {:.0%}"),
+    ("eval_kl", "KL {:.3f}"),
+)
+_WITHOUT_SKILL = (
+    ("eval_constant_reward", "best constant answer {:+.3f}"),
+    ("eval_random_reward", "random {:+.3f}"),
+    ("eval_expert_reward", "expert {:+.3f}"),
+)
 
 
 def train(
@@ -50,7 +72,7 @@ def train(
         typer.Option("--resume", help="Continue the run in --output from its newest complete checkpoint."),
     ] = False,
 ) -> None:
-    """Train a TEA head: with rewards on what it generates, or offline from labelled rows or stored states.
+    """Train a TEA head: with rewards on what it generates, in a text environment, or offline from labelled rows or stored states.
 
     Example: [bold]tea-rl train quickstart --set train.max_steps=10[/bold]
     """
@@ -83,7 +105,7 @@ def train(
             f"tea-rl train {result.path / 'recipe.yaml'} --output {result.path} --resume"
         )
         raise typer.Exit(130)
-    _print_outcome(result)
+    _print_outcome(result, loaded.env.id is not None)
 
 
 def _store_of_run(output: Path | None) -> Path | None:
@@ -155,26 +177,46 @@ class TrainingDisplay(WorkDisplay):
 
     def on_evaluation(self, row: dict[str, Any]) -> None:
         who = "base model" if row["step"] == 0 else f"step {row['step']}"
+        if row.get("imitated"):
+            who = "after imitation"
         if "eval_loss" in row:
             shown = [f"{label} {_figure(row[key])}" for label, key, _ in _OFFLINE_FIGURES if key in row]
-            self.on_note(f"held-out, {who}: {', '.join(shown)}")
-            return
+        else:
+            figures = _ENV_FIGURES if "eval_turns" in row else _PROMPT_FIGURES
+            shown = _known((*figures, *_failures(row, "eval_failed")), row)
+        beside = _known(_WITHOUT_SKILL, row)
         self.on_note(
-            f"held-out, {who}: reward {row['eval_reward']:+.3f} sampled, {row['eval_reward_greedy']:+.3f} greedy, "
-            f"KL {row['eval_kl']:.3f}, distinct bigrams {row['eval_distinct_2']:.2f}, surprise {row['eval_base_nll']:.2f}"
+            f"held-out, {who}: {', '.join(shown) or 'nothing measured'}"
+            + (f" (beside it: {', '.join(beside)})" if beside else "")
         )
 
 
 def _step_figures(row: dict[str, Any]) -> str:
-    """What a line about a step shows: online, offline or of a sweep."""
+    """What a line about a step shows: online with prompts or in an environment, offline, or of a sweep."""
     if "heads" in row:
         return f"{row['heads']} heads  mean loss {row['loss']:.3f}"
-    what = f"reward {row['reward']:+.3f}" if "reward" in row else f"loss {row['loss']:.3f}"
-    return f"{what}  KL {row['kl']:.3f}  {row['tokens_per_second']:.0f} tokens/s"
+    if "turns" in row:
+        figures = (*_ENV_STEP_FIGURES, *_failures(row, "failed"))
+    else:
+        figures = (("reward", "reward {:+.3f}") if "reward" in row else ("loss", "loss {:.3f}"),)
+    return "  ".join(_known((*figures, ("kl", "KL {:.3f}"), ("tokens_per_second", "{:.0f} tokens/s")), row))
 
 
-def _print_outcome(result: TrainResult) -> None:
-    """Base and trained completions (offline: held-out figures) side by side, then where to look."""
+def _failures(row: dict[str, Any], key: str) -> tuple[tuple[str, str], ...]:
+    return ((key, "episodes failed {:.0%}"),) if row.get(key) else ()
+
+
+def _known(figures: Iterable[tuple[str, str]], row: dict[str, Any]) -> list[str]:
+    """The figures that were measured: NaN stands for one that was not."""
+    return [
+        text.format(row[key])
+        for key, text in figures
+        if isinstance(row.get(key), int | float) and not math.isnan(row[key])
+    ]
+
+
+def _print_outcome(result: TrainResult, in_environment: bool) -> None:
+    """Base and trained completions or episodes (offline: held-out figures) side by side, then where to look."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -182,8 +224,9 @@ def _print_outcome(result: TrainResult) -> None:
     if result.evaluation is not None and result.base_metrics:
         _print_figures(result.base_metrics, result.evaluation.metrics)
     if result.evaluation is not None and result.base_samples:
-        table = Table(title="Held-out prompts", show_lines=True, box=box.SIMPLE)
-        for title in ("prompt", "base model", "trained"):
+        what, prompt = ("episodes", "start") if in_environment else ("prompts", "prompt")
+        table = Table(title=f"Held-out {what}", show_lines=True, box=box.SIMPLE)
+        for title in (prompt, "base model", "trained"):
             table.add_column(title, overflow="fold")
         for base, trained in zip(result.base_samples, result.evaluation.samples, strict=False):
             # The newest lines of a long prompt (worked examples) say what was asked.
@@ -193,7 +236,10 @@ def _print_outcome(result: TrainResult) -> None:
     typer.echo(f"curves:  {result.path / 'curves.png'}")
     typer.echo(f"report:  {result.path / 'report.html'}")
     typer.echo(f"head:    {result.path / 'head'}")
-    typer.echo(f'try it:  tea-rl generate --head {result.path / "head"} --prompt "..." --compare')
+    if in_environment:
+        typer.echo(f"try it:  tea-rl evaluate {result.path / 'recipe.yaml'} --head {result.path / 'head'}")
+    else:
+        typer.echo(f'try it:  tea-rl generate --head {result.path / "head"} --prompt "..." --compare')
 
 
 def _print_figures(base: dict[str, float], best: dict[str, float]) -> None:

@@ -9,6 +9,7 @@ from tea_rl.backbone import Backbone
 from tea_rl.evaluation.evaluate import Evaluation, Sample
 from tea_rl.evaluation.metrics import distinct_n, mean
 from tea_rl.head.layer import TeaHead
+from tea_rl.rollout.environments import describe
 from tea_rl.rollout.episode_batch import Episode, EpisodeBatch, EpisodeSettings, EpisodeStart
 from tea_rl.rollout.episodes import run_episodes
 
@@ -57,6 +58,28 @@ def evaluate_episodes(
     return Evaluation(metrics, [transcript(batch, number) for number in first])
 
 
+def scores_without_skill(
+    make_env: Callable[[], gymnasium.Env[str, str]], starts: Sequence[int], notify: Callable[[str], None]
+) -> dict[str, float]:
+    """What constant, random and expert answers earn on these starts: beating the first two is the claim.
+
+    Returns:
+        ``eval_constant_reward``, ``eval_random_reward`` and ``eval_expert_reward``, each where the environment says enough
+        for it; none of them where it fails, which ``notify`` hears of.
+    """
+    from tea_rl.envs.checking import reference_scores
+
+    env = make_env()
+    try:
+        found = reference_scores(env, starts)
+    except Exception as error:  # an environment that fails now and then must not end the run here
+        notify(f"no constant, random or expert score: {describe(error)}")
+        return {}
+    finally:
+        env.close()
+    return {f"eval_{name}_reward": value for name, value in found.items()}
+
+
 def mean_return(episodes: Sequence[Episode]) -> float:
     """Mean return of the episodes that did not fail; NaN if all did."""
     return mean([episode.total_reward for episode in episodes if episode.failed is None])
@@ -84,14 +107,12 @@ def transcript(batch: EpisodeBatch, number: int) -> Sample:
     turns = [turn for turn in batch.turns if turn.episode == number]
     if not turns:
         return Sample("", f"(failed: {episode.failed})", float("nan"))
-    parts = [turns[0].completion]
+    text = turns[0].completion
     for turn in turns[1:]:
-        parts += [_line(turn.observation), turn.completion]
-    parts.append(
-        _line(episode.final_observation if episode.failed is None else f"(failed: {episode.failed})")
-    )
-    return Sample(turns[0].observation, "".join(parts), episode.total_reward)
+        text = _below(text, turn.observation) + turn.completion
+    last = episode.final_observation if episode.failed is None else f"(failed: {episode.failed})"
+    return Sample(turns[0].observation, _below(text, last), episode.total_reward)
 
 
-def _line(text: str) -> str:
-    return text if text.startswith("\n") else f"\n{text}"
+def _below(text: str, line: str) -> str:
+    return text + line if text.endswith("\n") or line.startswith("\n") else f"{text}\n{line}"

@@ -45,7 +45,7 @@ def write_rollouts(
     the same bytes; a damaged store is mended in the same way, and rewards that `relabel` put in force stay.
 
     Args:
-        recipe: an online recipe: prompts, rewards and rollout settings.
+        recipe: an online recipe with prompts, rewards and rollout settings.
         output: folder of the store.
         steps: how many; ``train.max_steps`` if None.
         listener: hears of progress, in completions.
@@ -63,6 +63,11 @@ def write_rollouts(
         raise TeaError(
             f"a rollout needs data.prompts to generate from, which recipe {recipe.name} does not set; for labelled rows use "
             "tea-rl embed"
+        )
+    if recipe.env.id is not None:
+        raise TeaError(
+            f"a rollout stores completions of data.prompts, but recipe {recipe.name} plays {recipe.env.id}, and episodes of "
+            "several turns cannot be stored yet; learn in the environment with tea-rl train"
         )
     if recipe.train.num_threads is not None:
         torch.set_num_threads(recipe.train.num_threads)

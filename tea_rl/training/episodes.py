@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tea_rl.backbone import load_backbone
 from tea_rl.errors import TeaError
-from tea_rl.evaluation.episodes import evaluate_episodes, mean_return, rollout_metrics
+from tea_rl.evaluation.episodes import evaluate_episodes, mean_return, rollout_metrics, scores_without_skill
 from tea_rl.evaluation.evaluate import Sample
 from tea_rl.head.layer import TeaHead
 from tea_rl.objectives.credit import discounted_returns, gae, turn_advantages
@@ -25,7 +25,7 @@ from tea_rl.rollout.conversation import ConversationFormat
 from tea_rl.rollout.episode_batch import EpisodeBatch, EpisodeSettings, EpisodeStart
 from tea_rl.rollout.episodes import run_episodes
 from tea_rl.training.critic import Critic
-from tea_rl.training.imitation import imitate
+from tea_rl.training.imitation import check_expert, imitate
 from tea_rl.training.learner import Learner, UpdateReport
 from tea_rl.training.loop import TrainingLoop, TrainResult
 from tea_rl.training.manifest import BaseModelFacts
@@ -97,6 +97,8 @@ class EpisodeTrainer(TrainingLoop):
                 f"rollout.prompts_per_step is {recipe.rollout.prompts_per_step}, but env.num_starts only "
                 f"{recipe.env.num_starts}; lower the one or raise the other"
             )
+        if recipe.env.expert.episodes:
+            check_expert(self.make_env, recipe.env.expert.episodes)
         listener.on_note(f"loading {recipe.model.name_or_path}")
         self.backbone = load_backbone(**recipe.model.model_dump(), notify=listener.on_note)
         head = TeaHead.for_backbone(self.backbone, recipe.head, seed=recipe.train.seed)
@@ -182,10 +184,12 @@ class EpisodeTrainer(TrainingLoop):
         estimate = self.critic(states)
         final = self._final_values(batch)
         ended = torch.tensor([episode.terminated for episode in batch.episodes])
-        credit = gae(rewards, estimate.mean, final, ended, episode_of_turn, env.discount, env.gae_lambda)
+        credit = gae(
+            rewards, estimate.mean.cpu(), final, ended, episode_of_turn, env.discount, env.gae_lambda
+        )
         spread = credit.advantages.std() if len(sound) > 1 else torch.zeros(())
         advantage[sound] = (credit.advantages - credit.advantages.mean()) / (spread + 1e-4)
-        loss = self.critic.update(states, credit.value_targets, generator)
+        loss = self.critic.update(states, credit.value_targets.to(states.device), generator)
         return advantage, {"value_loss": loss, "value_spread": estimate.spread.mean().item()}
 
     def _final_values(self, batch: EpisodeBatch) -> Tensor:
@@ -195,16 +199,26 @@ class EpisodeTrainer(TrainingLoop):
         cut = [n for n, episode in enumerate(batch.episodes) if episode.final_state is not None]
         if cut:
             states = torch.stack([batch.episodes[n].final_state for n in cut])  # type: ignore[misc]
-            values[cut] = self.critic(states).mean
+            values[cut] = self.critic(states).mean.cpu()
         return values
 
     def _update(self, batch: EpisodeBatch, advantage: Tensor, generator: torch.Generator) -> UpdateReport:
         advantage = advantage.to(self.backbone.device)
+        played = len(batch.tokens) > 0 or batch.choices is not None
+        if played and not bool(advantage.any()):
+            # All episodes of each start did equally well. The anchor alone would undo what has been learnt.
+            learning_rate = self.learner.learning_rate
+            self.learner.end_step()
+            return UpdateReport(0.0, 0.0, 0.0, learning_rate, self.learner.skipped_steps)
         if batch.choices is not None:
             return self.learner.update_choices(batch.choices, advantage[batch.choices.turns], generator)
         if not len(batch.tokens):
+            failures = [episode.failed for episode in batch.episodes if episode.failed is not None]
             raise TeaError(
-                f"every episode of {self.recipe.env.id} failed ({batch.episodes[0].failed}); mend the environment"
+                f"every episode of {self.recipe.env.id} failed ({failures[0]}); mend the environment"
+                if failures
+                else f"no first turn of {self.recipe.env.id} fits into the context; raise env.max_context, or lower "
+                "rollout.max_completion_length"
             )
         return self.learner.update(batch.tokens, advantage[batch.tokens.rows], generator)
 
@@ -231,7 +245,7 @@ class EpisodeTrainer(TrainingLoop):
         elif step == 0:
             self._measured_base = True
             self.base_samples = result.samples[: recipe.train.sample_prompts]
-            row.update(self._without_skill(starts))
+            row.update(scores_without_skill(self.make_env, starts, self.listener.on_note))
         if record:
             self._log(step, row)
             self.run.append_samples(
@@ -250,22 +264,6 @@ class EpisodeTrainer(TrainingLoop):
             self._flush()
             write_curves(self.run.read_metrics(), self.run.path / "curves.png")
         self.listener.on_evaluation(row)
-
-    def _without_skill(self, starts: list[int]) -> dict[str, float]:
-        """What constant, random and expert answers earn on the held-out starts: beating the first two is the claim."""
-        from tea_rl.envs.checking import reference_scores
-
-        env = self.make_env()
-        try:
-            found = reference_scores(env, starts)
-        except Exception as error:  # an environment that fails now and then must not end the run here
-            self.listener.on_note(
-                f"no constant, random or expert score: {type(error).__name__}: {error!s:.100}"
-            )
-            return {}
-        finally:
-            env.close()
-        return {f"eval_{name}_reward": value for name, value in found.items()}
 
     def _write_state(self, folder: Path) -> dict[str, Any]:
         if self.critic is not None:

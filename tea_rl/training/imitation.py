@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from tea_rl.objectives.anchor import anchored_loss
 from tea_rl.objectives.supervised import cross_entropy
 from tea_rl.recipe import Recipe
 from tea_rl.rollout.conversation import Conversation
+from tea_rl.rollout.environments import describe
 from tea_rl.rollout.episode_batch import EpisodeSettings
 from tea_rl.rollout.trajectory import TokenBatch
 from tea_rl.states.embed import plan_batches
@@ -39,7 +40,7 @@ def imitate(
         cross-entropy of the last pass, nats a token.
 
     Raises:
-        TeaError: if the environment has no expert.
+        TeaError: if no expert's episode can be imitated.
     """
     expert = recipe.env.expert
     context = settings.max_context or backbone.max_length
@@ -71,6 +72,22 @@ def imitate(
     return sum(last) / len(last)
 
 
+def check_expert(make_env: Callable[[], gymnasium.Env[str, str]], episodes: int) -> None:
+    """Refuse an environment without an expert, before a model is loaded.
+
+    Raises:
+        TeaError: it has none at start 0.
+    """
+    env = make_env()
+    try:
+        _, info = env.reset(seed=0, options={"index": 0})
+    except Exception:  # that start may be the one that fails
+        return
+    finally:
+        env.close()
+    _expert_of(env, info, episodes)
+
+
 def expert_conversations(
     make_env: Callable[[], gymnasium.Env[str, str]],
     conversation: Conversation,
@@ -78,35 +95,69 @@ def expert_conversations(
     max_turns: int,
     max_tokens: int,
 ) -> list[tuple[list[int], list[bool]]]:
-    """Token ids of the expert's episodes at starts 0, 1, ... and which of them it said; cut at a turn that does not fit.
+    """Token ids of the expert's episodes at starts 0, 1, ... and which of them it said; cut behind the last answer that fits.
+
+    An episode whose environment fails is left out.
 
     Raises:
-        TeaError: if the environment has no expert.
+        TeaError: if the environment has no expert, fails at every start, or leaves no room for any answer.
     """
-    env, found = make_env(), []
+    found, failure = [], None
+    env = make_env()
     try:
         for index in range(episodes):
-            observation, info = env.reset(seed=index, options={"index": index})
-            ids = conversation.first(observation)
-            said = [False] * len(ids)
-            for _ in range(max_turns):
-                if info.get("expert") is None:
-                    raise TeaError(
-                        f"env.expert.episodes is {episodes}, but {env.spec.id if env.spec else env} has no expert; set it to 0"
-                    )
-                answer = conversation.choice(info["expert"])
-                if len(ids) + len(answer) > max_tokens:
-                    break
-                ids, said = [*ids, *answer], [*said, *[True] * len(answer)]
-                observation, _, terminated, truncated, info = env.step(info["expert"])
-                following = conversation.following(answer, observation)
-                if terminated or truncated:
-                    break
-                ids, said = [*ids, *following], [*said, *[False] * len(following)]
-            found.append((ids, said))
+            try:
+                ids, said = _expert_episode(env, conversation, index, episodes, max_turns, max_tokens)
+            except TeaError:
+                raise
+            except Exception as error:
+                failure = describe(error)
+                continue
+            if any(said):
+                found.append((ids, said))
     finally:
         env.close()
+    if not found:
+        reason = failure or f"no answer fits into {max_tokens} tokens"
+        raise TeaError(
+            f"none of {episodes} expert episodes can be imitated ({reason}); mend that, or set env.expert.episodes to 0"
+        )
     return found
+
+
+def _expert_episode(
+    env: gymnasium.Env[str, str],
+    conversation: Conversation,
+    index: int,
+    episodes: int,
+    max_turns: int,
+    max_tokens: int,
+) -> tuple[list[int], list[bool]]:
+    observation, info = env.reset(seed=index, options={"index": index})
+    ids = conversation.first(observation)
+    said = [False] * len(ids)
+    end = 0
+    for _ in range(max_turns):
+        words = _expert_of(env, info, episodes)
+        answer = conversation.choice(words)
+        if len(ids) + len(answer) > max_tokens:
+            break
+        ids, said = [*ids, *answer], [*said, *[True] * len(answer)]
+        end = len(ids)
+        observation, _, terminated, truncated, info = env.step(words)
+        if terminated or truncated:
+            break
+        following = conversation.following(answer, observation)
+        ids, said = [*ids, *following], [*said, *[False] * len(following)]
+    return ids[:end], said[:end]  # what nothing answers need not be read, and might not fit
+
+
+def _expert_of(env: gymnasium.Env[str, str], info: dict[str, Any], episodes: int) -> str:
+    answer = info.get("expert")
+    if answer is None:
+        name = env.spec.id if env.spec else str(env)
+        raise TeaError(f"env.expert.episodes is {episodes}, but {name} has no expert; set it to 0")
+    return str(answer)
 
 
 @torch.no_grad()

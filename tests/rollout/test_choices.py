@@ -230,3 +230,43 @@ def test_choice_logps_of_uneven_decisions():
     logps[0].backward()
     share = math.exp(-3 - total)
     torch.testing.assert_close(tokens.grad, torch.tensor([1 - share, 1 - share, share - 1, 0.0, 0.0]))
+
+
+def test_select_takes_decisions_with_all_their_choices(backbones):
+    """Against the parts put together by hand; decisions list different numbers of choices, of different lengths."""
+
+    class Uneven(Choices):
+        def _info(self):
+            info = super()._info()
+            return {**info, "admissible": info["admissible"][: 2 + (self.turn + self.index) % 4]}
+
+    backbone = backbones("llama")
+    whole = choose(backbone, trained_head(backbone), Uneven, which=starts(4, 1), max_turns=3).choices
+    sizes = torch.bincount(whole.decision_of_choice)
+    assert len(sizes.unique()) > 1
+    count = len(whole)
+    for index in ([count - 1, 0, 3, 2], [1], list(range(count)), list(range(count))[::-1]):
+        part = whole.select(torch.tensor(index))
+        assert len(part) == len(index)
+        texts, rows, actions, states, owners, chosen = [], [], [], [], [], []
+        for place, decision in enumerate(index):
+            for choice in (whole.decision_of_choice == decision).nonzero().flatten().tolist():
+                own = whole.tokens.rows == choice
+                if choice == whole.chosen[decision]:
+                    chosen.append(len(texts))
+                rows += [len(texts)] * int(own.sum())
+                actions.append(whole.tokens.actions[own])
+                states.append(whole.tokens.states[own])
+                owners.append(place)
+                texts.append(whole.texts[choice])
+        assert part.texts == texts and part.chosen.tolist() == chosen
+        assert part.decision_of_choice.tolist() == owners
+        # Tokens may come in any order: they say which choice they belong to.
+        order = torch.argsort(part.tokens.rows, stable=True)
+        assert part.tokens.rows[order].tolist() == rows
+        assert torch.equal(part.tokens.actions[order], torch.cat(actions))
+        assert torch.equal(part.tokens.states[order], torch.cat(states))
+        for name in ("turns", "logps", "base_logps", "kl", "entropy"):
+            assert torch.equal(getattr(part, name), getattr(whole, name)[index])
+        logps = choice_logps(part.tokens.logps, part.tokens.rows, part.decision_of_choice)
+        torch.testing.assert_close(logps[part.chosen], part.logps)
