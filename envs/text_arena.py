@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,8 @@ from tea_rl.errors import TeaError, did_you_mean
 #: The longest move a game of this library takes; longer text is not handed to its regular expressions.
 _LONGEST_MOVE = 200
 _PLAYER = 0
+#: The library draws from the global random numbers, and rollouts step environments in threads.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 class TextArena(TextEnv):
@@ -75,13 +78,14 @@ class TextArena(TextEnv):
 
     @contextlib.contextmanager
     def _own_random(self) -> Iterator[None]:
-        outside = random.getstate()
-        random.setstate(self._stream.getstate())
-        try:
-            yield
-        finally:
-            self._stream.setstate(random.getstate())
-            random.setstate(outside)
+        with _ONE_AT_A_TIME:
+            outside = random.getstate()
+            random.setstate(self._stream.getstate())
+            try:
+                yield
+            finally:
+                self._stream.setstate(random.getstate())
+                random.setstate(outside)
 
     def _start(self, rng: np.random.Generator, index: int | None) -> str:
         self._inner = self._begin(int(rng.integers(2**31)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+import threading
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from tea_rl.packaged import cache_folder
 #: Commands that only describe what the observation says anyway.
 _IDLE = ("examine ", "inventory", "look")
 _OPPOSITE = {"north": "south", "south": "north", "east": "west", "west": "east"}
+#: The library keeps one parser for all games, and rollouts step environments in threads.
+_ONE_AT_A_TIME = threading.Lock()
 #: Part of every file's name: raise it when games are made differently.
 _VERSION = 1
 
@@ -83,9 +86,10 @@ class TextWorld(TextEnv):
             facts=True,
             objective=True,
         )
-        path = _game_file(self._shape, [self._seed, pick(rng, index, self.num_games)])
-        self._inner = textworld.start(str(path), wanted)
-        self._state = self._inner.reset()
+        with _ONE_AT_A_TIME:
+            path = _game_file(self._shape, [self._seed, pick(rng, index, self.num_games)])
+            self._inner = textworld.start(str(path), wanted)
+            self._state = self._inner.reset()
         self._score = 0.0
         self._quest = max(1, len(self._state["policy_commands"] or []))
         return f"{_goal(self._state['objective'])}\n{self._describe()}"
@@ -96,7 +100,8 @@ class TextWorld(TextEnv):
         if not command:
             return Turn(f"That cannot be done.\n{self._describe()}", invalid=True)
         before = len(self._state["policy_commands"] or [])
-        self._state, score, done = self._inner.step(command)
+        with _ONE_AT_A_TIME:
+            self._state, score, done = self._inner.step(command)
         reward = (finite(score) - self._score) / (finite(self._state["max_score"]) or 1.0)
         self._score = finite(score)
         progress = (before - len(self._state["policy_commands"] or [])) / self._quest
