@@ -14,31 +14,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tea_rl.backbone import load_backbone
 from tea_rl.errors import TeaError
 from tea_rl.evaluation.episodes import evaluate_episodes, mean_return, rollout_metrics, scores_without_skill
-from tea_rl.evaluation.evaluate import Sample
-from tea_rl.head.layer import TeaHead
 from tea_rl.objectives.credit import discounted_returns, gae, turn_advantages
 from tea_rl.recipe import EnvConfig, Recipe
 from tea_rl.rollout.conversation import ConversationFormat
 from tea_rl.rollout.episode_batch import EpisodeBatch, EpisodeSettings, EpisodeStart
 from tea_rl.rollout.episodes import run_episodes
 from tea_rl.training.critic import Critic
+from tea_rl.training.generating import GeneratingLoop
 from tea_rl.training.imitation import check_expert, imitate
-from tea_rl.training.learner import Learner, UpdateReport
-from tea_rl.training.loop import TrainingLoop, TrainResult
-from tea_rl.training.manifest import BaseModelFacts
-from tea_rl.training.plots import write_curves
+from tea_rl.training.learner import UpdateReport
 from tea_rl.training.progress import Listener
 from tea_rl.training.run_directory import RunDirectory
 from tea_rl.training.seeding import prompts_of_step, seed_step
 
 if TYPE_CHECKING:
     import gymnasium
-
-#: Samples shown are cut to so many characters.
-_SHOWN = 2000
 
 
 def environment_maker(env: EnvConfig) -> Any:
@@ -83,10 +75,8 @@ def episode_settings(recipe: Recipe) -> EpisodeSettings:
     )
 
 
-class EpisodeTrainer(TrainingLoop):
+class EpisodeTrainer(GeneratingLoop):
     """A run in an environment; `tea_rl.training.online.train` is the usual way in."""
-
-    learner: Learner
 
     def __init__(self, recipe: Recipe, run: RunDirectory, listener: Listener, resume: bool) -> None:
         super().__init__(recipe, run, listener, resume)
@@ -99,23 +89,14 @@ class EpisodeTrainer(TrainingLoop):
             )
         if recipe.env.expert.episodes:
             check_expert(self.make_env, recipe.env.expert.episodes)
-        listener.on_note(f"loading {recipe.model.name_or_path}")
-        self.backbone = load_backbone(**recipe.model.model_dump(), notify=listener.on_note)
-        head = TeaHead.for_backbone(self.backbone, recipe.head, seed=recipe.train.seed)
-        learner = Learner(
-            head,
-            recipe.objective,
-            recipe.anchor,
-            recipe.train,
-            recipe.rollout.temperature,
-            recipe.train.max_steps,
-        )
-        uses_critic = recipe.objective.name == "ppo"
-        self.critic = Critic(head, recipe.train.seed, recipe.objective.inner_epochs) if uses_critic else None
-        digest = hashlib.sha256(json.dumps(recipe.env.model_dump(), sort_keys=True).encode()).hexdigest()
-        self._prepare(head, learner, BaseModelFacts.of_backbone(self.backbone), digest)
-        self.base_samples: list[Sample] = []
+        self._load_backbone()
         self._measured_base = False
+        digest = hashlib.sha256(json.dumps(recipe.env.model_dump(), sort_keys=True).encode()).hexdigest()
+        self._begin_learning(digest)
+        uses_critic = recipe.objective.name == "ppo"
+        self.critic = (
+            Critic(self.head, recipe.train.seed, recipe.objective.inner_epochs) if uses_critic else None
+        )
 
     def _begin(self) -> int:
         first = super()._begin()
@@ -247,22 +228,7 @@ class EpisodeTrainer(TrainingLoop):
             self.base_samples = result.samples[: recipe.train.sample_prompts]
             row.update(scores_without_skill(self.make_env, starts, self.listener.on_note))
         if record:
-            self._log(step, row)
-            self.run.append_samples(
-                [
-                    {
-                        "step": step,
-                        "prompt": base.prompt,
-                        "base": base.completion[:_SHOWN],
-                        "trained": trained.completion[:_SHOWN],
-                        "base_reward": base.reward,
-                        "trained_reward": trained.reward,
-                    }
-                    for base, trained in zip(self.base_samples, result.samples, strict=False)
-                ]
-            )
-            self._flush()
-            write_curves(self.run.read_metrics(), self.run.path / "curves.png")
+            self._record(step, row, result)
         self.listener.on_evaluation(row)
 
     def _write_state(self, folder: Path) -> dict[str, Any]:
@@ -274,17 +240,11 @@ class EpisodeTrainer(TrainingLoop):
         super()._load_state(state, folder)
         if self.critic is not None:
             self.critic.load(folder / "value")
-        rows = [row for row in self.run.read_samples() if row["step"] == 0]
-        rows = rows[: self.recipe.train.sample_prompts]  # a second set is that of the imitating head
-        self.base_samples = [Sample(row["prompt"], row["base"], row["base_reward"]) for row in rows]
 
     def _finish(self) -> None:
         super()._finish()
         if self.critic is not None:
             self.critic.value.save(self.run.path / "value")
-
-    def _result(self, step: int, stopped: bool) -> TrainResult:
-        return TrainResult(self.run.path, step, stopped, self.last_evaluation, self.base_samples)
 
 
 def turn_states(batch: EpisodeBatch) -> Tensor:

@@ -9,24 +9,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from tea_rl.backbone import Backbone, load_backbone
+from tea_rl.backbone import Backbone
 from tea_rl.data.prompts import data_digest, load_prompts, tokenize_prompts
 from tea_rl.errors import TeaError
-from tea_rl.evaluation.evaluate import PromptSet, Sample, evaluate, score
+from tea_rl.evaluation.evaluate import PromptSet, evaluate, score
 from tea_rl.evaluation.metrics import mean
-from tea_rl.head.layer import TeaHead
 from tea_rl.objectives.advantages import advantages
 from tea_rl.recipe import Recipe, load_recipe
 from tea_rl.rewards import load_rewards
 from tea_rl.rollout import DecodeSettings, Rollout, generate
-from tea_rl.training.learner import Learner
-from tea_rl.training.loop import TrainingLoop, TrainResult
-from tea_rl.training.manifest import BaseModelFacts
-from tea_rl.training.plots import write_curves
+from tea_rl.training.generating import GeneratingLoop
+from tea_rl.training.loop import TrainResult
 from tea_rl.training.progress import Listener
 from tea_rl.training.run_directory import RunDirectory
 from tea_rl.training.seeding import prompts_of_step, seed_step
@@ -90,34 +86,20 @@ def prepare_prompts(recipe: Recipe, backbone: Backbone) -> tuple[PromptSet, Prom
     return training, held_out
 
 
-class OnlineTrainer(TrainingLoop):
+class OnlineTrainer(GeneratingLoop):
     """An online run: a step rolls out, rewards and updates; `train` is the usual way in."""
-
-    learner: Learner
 
     def __init__(self, recipe: Recipe, run: RunDirectory, listener: Listener, resume: bool) -> None:
         super().__init__(recipe, run, listener, resume)
         self.rewards = load_rewards(recipe.rewards, recipe.base_dir)
-        listener.on_note(f"loading {recipe.model.name_or_path}")
-        self.backbone = load_backbone(**recipe.model.model_dump(), notify=listener.on_note)
+        self._load_backbone()
         self.training_prompts, self.held_out = prepare_prompts(recipe, self.backbone)
         if len(self.training_prompts) < recipe.rollout.prompts_per_step:
             raise TeaError(
                 f"rollout.prompts_per_step is {recipe.rollout.prompts_per_step}, but there are only "
                 f"{len(self.training_prompts)} training prompts; lower it or add prompts"
             )
-        head = TeaHead.for_backbone(self.backbone, recipe.head, seed=recipe.train.seed)
-        learner = Learner(
-            head,
-            recipe.objective,
-            recipe.anchor,
-            recipe.train,
-            recipe.rollout.temperature,
-            recipe.train.max_steps,
-        )
-        digest = data_digest(self.training_prompts.prompts, self.held_out.prompts)
-        self._prepare(head, learner, BaseModelFacts.of_backbone(self.backbone), digest)
-        self.base_samples: list[Sample] = []
+        self._begin_learning(data_digest(self.training_prompts.prompts, self.held_out.prompts))
 
     def _step(self, step: int) -> None:
         """Roll out, reward, advantage, update."""
@@ -185,31 +167,5 @@ class OnlineTrainer(TrainingLoop):
             self.base_samples = result.samples[: self.recipe.train.sample_prompts]
         row = {"step": step, **result.metrics}
         if record:
-            self._log(step, row)
-            self.run.append_samples(
-                [
-                    {
-                        "step": step,
-                        "prompt": base.prompt,
-                        "base": base.completion,
-                        "trained": trained.completion,
-                        "base_reward": base.reward,
-                        "trained_reward": trained.reward,
-                    }
-                    for base, trained in zip(self.base_samples, result.samples, strict=False)
-                ]
-            )
-            self._flush()
-            write_curves(self.run.read_metrics(), self.run.path / "curves.png")
+            self._record(step, row, result)
         self.listener.on_evaluation(row)
-
-    def _load_state(self, state: dict[str, Any], folder: Path) -> None:
-        super()._load_state(state, folder)
-        self.base_samples = [
-            Sample(row["prompt"], row["base"], row["base_reward"])
-            for row in self.run.read_samples()
-            if row["step"] == 0
-        ]
-
-    def _result(self, step: int, stopped: bool) -> TrainResult:
-        return TrainResult(self.run.path, step, stopped, self.last_evaluation, self.base_samples)

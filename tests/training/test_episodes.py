@@ -11,6 +11,7 @@ import yaml
 from tiny import save_tiny, tiny_tokenizer
 
 import tea_rl.training.episodes as episodes
+import tea_rl.training.generating as generating
 from tea_rl import load_recipe, train
 from tea_rl.errors import TeaError
 from tea_rl.rollout import ConversationFormat
@@ -283,7 +284,7 @@ def test_recipe_mistakes_cost_no_model_and_leave_no_folder(
     def loaded(*args, **kwargs):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(episodes, "load_backbone", loaded)
+    monkeypatch.setattr(generating, "load_backbone", loaded)
     with pytest.raises(TeaError) as caught:
         train(load_recipe(str(recipe_file), overrides), tmp_path / "run")
     assert words in str(caught.value) and "\n" not in str(caught.value)

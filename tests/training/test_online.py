@@ -8,7 +8,7 @@ import torch
 import yaml
 from tiny import save_tiny
 
-import tea_rl.training.online as online
+import tea_rl.training.generating as generating
 from tea_rl import load_recipe, train
 from tea_rl.backbone import load_backbone
 from tea_rl.errors import TeaError
@@ -75,7 +75,7 @@ def test_backbone_stays_bit_identical_and_the_head_changes(
     """Invariant 2."""
     used = []
     monkeypatch.setattr(
-        online, "load_backbone", lambda *a, **k: used.append(load_backbone(*a, **k)) or used[-1]
+        generating, "load_backbone", lambda *a, **k: used.append(load_backbone(*a, **k)) or used[-1]
     )
     train(
         load_recipe(str(recipe_file), [override, "anchor.conservativity=0", "train.max_steps=2"]),
@@ -181,7 +181,7 @@ def test_resume_refuses_other_data(recipe_file, tmp_path):
 def test_a_bad_head_is_never_saved(recipe_file, tmp_path, monkeypatch):
     recipe = load_recipe(str(recipe_file))
     train(load_recipe(str(recipe_file), ["train.max_steps=2"]), tmp_path / "run")
-    monkeypatch.setattr(online.TeaHead, "is_finite", lambda self: False)
+    monkeypatch.setattr(generating.TeaHead, "is_finite", lambda self: False)
     with pytest.raises(TeaError, match="not finite"):
         train(recipe, tmp_path / "run", resume=True)
     assert [item.name for item in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-2"]
