@@ -6,6 +6,7 @@ import sys
 import pytest
 import yaml
 
+from tea_rl.envs import make_env
 from tea_rl.errors import TeaError
 from tea_rl.recipe import (
     DataConfig,
@@ -47,7 +48,11 @@ def test_every_shipped_recipe_loads_and_its_files_exist():
         recipe = load_recipe(name)
         assert recipe.name == name
         assert recipe.base_dir == path.resolve().parent
-        if not recipe.offline and not str(recipe.data.prompts).startswith("reasoning_gym/"):
+        if recipe.env.id is not None:
+            make_env(
+                recipe.env.id, recipe.env.kwargs, [spec.model_dump() for spec in recipe.env.wrappers]
+            ).close()
+        elif not recipe.offline and not str(recipe.data.prompts).startswith("reasoning_gym/"):
             assert (recipe.base_dir / recipe.data.prompts).is_file()
 
 
