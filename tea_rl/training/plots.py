@@ -60,6 +60,13 @@ _LOSS_LINES = _MainLines(
 )
 
 
+#: What no skill earns in an environment, measured with the base model.
+_WITHOUT_SKILL = (
+    ("eval_random_reward", "random answers", ":"),
+    ("eval_constant_reward", "best constant answer", "-."),
+)
+
+
 def write_curves(metrics_rows: Sequence[dict[str, Any]], path: str | Path, title: str = "") -> None:
     """Draw ``curves.png``: reward (offline: loss) above, the other measures below; dashed lines are the base model.
 
@@ -112,7 +119,7 @@ def _series(rows: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list
 
 def _base_level(rows: Sequence[dict[str, Any]], key: str) -> float | None:
     """The base model's value: that of the evaluation before the first step."""
-    steps, values = _series(rows, key)
+    steps, values = _series([row for row in rows if not row.get("imitated")], key)
     return values[0] if steps and steps[0] == 0 else None
 
 
@@ -130,6 +137,10 @@ def _draw_main(axes: Axes, rows: Sequence[dict[str, Any]], lines: _MainLines) ->
     base = _base_level(rows, lines.held_out)
     if base is not None:
         axes.axhline(base, color=_GREY, linewidth=1.2, linestyle="--", zorder=1, label=lines.base_label)
+    for key, label, style in _WITHOUT_SKILL:
+        level = _base_level(rows, key)
+        if level is not None:
+            axes.axhline(level, color=_GREY, linewidth=1.2, linestyle=style, zorder=1, label=label)
     if train[0] or held_out[0]:
         axes.margins(y=0.12)
         # Below the axes: there it hides no point, however the curve runs.

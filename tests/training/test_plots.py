@@ -6,7 +6,7 @@ import matplotlib.image
 import pytest
 
 from tea_rl.errors import TeaError
-from tea_rl.training.plots import _PANELS, _series, write_curves
+from tea_rl.training.plots import _PANELS, _base_level, _series, write_curves
 
 
 def rows() -> list[dict]:
@@ -33,6 +33,12 @@ def test_the_picture_shows_training_held_out_and_base_lines(tmp_path):
     colours = drawn(tmp_path / "curves.png")
     assert {colour("#1f6feb"), colour("#d9730d"), colour("#a8c7f0"), colour("#8b949e")} <= colours
     assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
+
+
+def test_the_base_line_is_not_that_of_the_imitating_head():
+    found = [{"step": 0, "eval_reward": 0.2}, {"step": 0, "eval_reward": 0.9, "imitated": True}]
+    assert _base_level(found, "eval_reward") == 0.2
+    assert _series(found, "eval_reward") == ([0.0], [0.9])
 
 
 def test_a_run_without_evaluation_has_only_the_training_lines(tmp_path):
