@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from command_line import last_error, tea
 from tiny import save_tiny
 
 from tea_rl.cli import app, main
@@ -23,20 +24,8 @@ COMMANDS = [
 ROOT = Path(__file__).parents[1]
 
 
-def tea(capsys, *args) -> tuple[int, str, str]:
-    """Run the command line in this process: exit code, stdout, stderr."""
-    with pytest.raises(SystemExit) as exit_:
-        main([str(arg) for arg in args])
-    out = capsys.readouterr()
-    return int(exit_.value.code or 0), out.out, out.err
-
-
 def assert_one_line_error(result, *words):
-    code, _, err = result
-    assert code == 2, err
-    last = err.strip().splitlines()[-1]
-    assert last.startswith("error: ")
-    assert "Traceback" not in err
+    last = last_error(result)
     for word in words:
         assert word in last, last
 

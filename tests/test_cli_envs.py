@@ -6,26 +6,10 @@ import re
 import easy_envs  # noqa: F401 - registers the environments
 import pytest
 import yaml
+from command_line import last_error, tea
 from tiny import save_tiny
 
 from tea_rl.cli import main
-
-
-def tea(capsys, *args):
-    """Run the command line in this process: exit code, stdout, stderr."""
-    with pytest.raises(SystemExit) as exit_:
-        main([str(arg) for arg in args])
-    out = capsys.readouterr()
-    assert "Traceback" not in out.err
-    return int(exit_.value.code or 0), out.out, out.err
-
-
-def last_error(result):
-    code, _, err = result
-    assert code == 2
-    last = err.strip().splitlines()[-1]
-    assert last.startswith("error: ")
-    return last
 
 
 @pytest.fixture(scope="module")

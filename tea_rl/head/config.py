@@ -43,6 +43,13 @@ class ContextConfig(BaseModel):
         return len(self.layers) * len(self.horizons)
 
 
+def positive_widths(value: list[int]) -> list[int]:
+    """Layer widths, checked."""
+    if any(width < 1 for width in value):
+        raise ValueError("every width must be at least 1")
+    return value
+
+
 class HeadConfig(BaseModel):
     """Shape and regularisation of the ensemble (DESIGN section 4); the same object in recipes and in ``tea_config.json``."""
 
@@ -96,12 +103,7 @@ class HeadConfig(BaseModel):
         False, description="Also train a copy of the reference head; needs anchor.conservativity 0."
     )
 
-    @field_validator("hidden_sizes")
-    @classmethod
-    def _positive_widths(cls, value: list[int]) -> list[int]:
-        if any(width < 1 for width in value):
-            raise ValueError("every width must be at least 1")
-        return value
+    _positive_widths = field_validator("hidden_sizes")(positive_widths)
 
     @field_validator("shortlist_size")
     @classmethod

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from tea_rl.errors import TeaError
-from tea_rl.head.config import ContextConfig, HeadConfig
+from tea_rl.head.config import ContextConfig, HeadConfig, positive_widths
 from tea_rl.head.members import PackedFeatures
 from tea_rl.training.files import atomic_write_bytes, atomic_write_text, disk_errors
 
@@ -48,12 +48,7 @@ class ValueConfig(BaseModel):
         description="Typical size of a return: values and their loss are measured in it, so that it sets how fast they learn.",
     )
 
-    @field_validator("hidden_sizes")
-    @classmethod
-    def _positive_widths(cls, value: list[int]) -> list[int]:
-        if any(width < 1 for width in value):
-            raise ValueError("every width must be at least 1")
-        return value
+    _positive_widths = field_validator("hidden_sizes")(positive_widths)
 
 
 class ValueEstimate(NamedTuple):

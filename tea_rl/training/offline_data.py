@@ -9,7 +9,7 @@ from tea_rl.evaluation.offline import row_figures
 from tea_rl.head.layer import TeaHead
 from tea_rl.objectives.advantages import stored_advantages
 from tea_rl.objectives.supervised import awr_weights
-from tea_rl.recipe import DataConfig, ObjectiveConfig, Recipe, TrainConfig
+from tea_rl.recipe import ObjectiveConfig, Recipe, TrainConfig
 from tea_rl.rollout.trajectory import TokenBatch
 from tea_rl.states.store import StateStore
 from tea_rl.training.batches import RowPlan, TokenPlan
@@ -151,11 +151,6 @@ def damping(lengths: np.ndarray, train: TrainConfig) -> torch.Tensor:
     if train.short_answer_damping > 0:
         weights = (torch.from_numpy(lengths).float() / train.short_answer_damping).clamp(max=1.0)
     return weights
-
-
-def split_store(store: StateStore, data: DataConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Training and held-out rows of a store, see `RowTable.split`."""
-    return RowTable.of_store(store).split(data)
 
 
 def row_signal(

@@ -225,7 +225,7 @@ def test_epochs_decide_the_length(recipe, tmp_path):
 
 
 def test_a_split_column_decides_what_is_held_out(model, tmp_path):
-    from tea_rl.training.offline_data import split_store
+    from tea_rl.training.offline_rows import RowTable
 
     data = tmp_path / "rows.jsonl"
     found = [{"prompt": f"q{i}", "completion": GOOD, "split": "train" if i % 3 else "test"} for i in range(9)]
@@ -236,11 +236,11 @@ def test_a_split_column_decides_what_is_held_out(model, tmp_path):
     )
     recipe = load_recipe(str(path))
     store = embed(recipe, tmp_path / "store")
-    train_rows, held_out = split_store(store, recipe.data)
+    train_rows, held_out = RowTable.of_store(store).split(recipe.data)
     assert sorted(store.source_rows[held_out].tolist()) == [0, 3, 6] and len(train_rows) == 6
     data.write_text(json.dumps({"prompt": "q", "completion": GOOD, "split": "dev"}) + "\n")
     with pytest.raises(TeaError, match="split.*'dev'"):
-        split_store(embed(load_recipe(str(path)), tmp_path / "other"), recipe.data)
+        RowTable.of_store(embed(load_recipe(str(path)), tmp_path / "other")).split(recipe.data)
 
 
 @pytest.mark.parametrize(
