@@ -8,15 +8,19 @@
 #   make bench        decode and update against their peers (recipes: see benchmarks/recipes.py)
 #   make clean        remove .venv and caches (runs/ stays)
 #
-# PYTHON=python3.12 chooses the interpreter. pip reads its usual environment variables: set PIP_INDEX_URL and friends to
-# choose where packages come from, for instance a CPU-only build of torch.
+# PYTHON=python3.12 chooses the interpreter, WORKERS=0 runs the tests in one process, where a debugger can stop. pip
+# reads its usual environment variables: set PIP_INDEX_URL and friends to choose where packages come from, for instance
+# a CPU-only build of torch. EXTRAS=dev,test installs both at once, for whoever wants lint and tests.
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# One thread a process: tests are many small products. A worker that runs out of tests takes some of the other's.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 INPUTS := pyproject.toml constraints.txt $(VENV)/.made
 
 .PHONY: quickstart test test-slow lint bench clean
@@ -24,13 +28,13 @@ INPUTS := pyproject.toml constraints.txt $(VENV)/.made
 quickstart: $(VENV)/.installed-rewards $(VENV)/.installed-model
 	$(BIN)/tea-rl train quickstart
 
-test: $(VENV)/.installed-test $(VENV)/.installed-model
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: $(VENV)/.installed-$(or $(EXTRAS),test) $(VENV)/.installed-model
+	$(PYTEST) $(PYTEST_ARGS)
 
-test-slow: $(VENV)/.installed-test $(VENV)/.installed-model
-	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+test-slow: $(VENV)/.installed-$(or $(EXTRAS),test) $(VENV)/.installed-model
+	$(PYTEST) -m slow $(PYTEST_ARGS)
 
-lint: $(VENV)/.installed-dev
+lint: $(VENV)/.installed-$(or $(EXTRAS),dev)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

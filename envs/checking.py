@@ -6,7 +6,7 @@ import json
 import re
 import statistics
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
 
@@ -14,12 +14,16 @@ import gymnasium
 import numpy as np
 
 from tea_rl.envs.base import tidy
-from tea_rl.envs.junk import junk
+from tea_rl.envs.junk import HIDING, hidden, junk
 from tea_rl.envs.making import make_env
 from tea_rl.envs.wrappers import reward_range
 
 #: An answer to what was observed; None when the policy has none.
 Policy: TypeAlias = Callable[[dict[str, Any]], str | None]
+#: What `play` gives of one episode; None of one whose environment failed.
+Outcome: TypeAlias = tuple[float, list[tuple[str, str, float]]] | None
+#: Episodes of a policy at these starts.
+PlayMany: TypeAlias = Callable[[Policy, Sequence[int]], Iterable[Outcome]]
 
 _MOST_CANDIDATES = 40
 _SELECTION_EPISODES = 8
@@ -148,30 +152,100 @@ def play(
     return total, transcript
 
 
-def reference_scores(env: gymnasium.Env[str, str], starts: Sequence[int]) -> dict[str, float]:
-    """Mean return on these starts of policies that read nothing, and of the expert.
+def reference_scores(play_many: PlayMany, starts: Sequence[int]) -> dict[str, float]:
+    """Mean return on these starts of policies that read nothing, and of the expert; failed episodes are left out.
+
+    Args:
+        play_many: plays a policy.
+        starts: their indices.
 
     Returns:
         ``constant`` (the best answer to give always, chosen on other starts), ``random`` (a listed answer at random) and
         ``expert``, each only where the environment says enough for it.
     """
     report = EnvReport("", {}, episodes=len(starts))
-    checker = _Checker(env, report, starts)
-    checker.scores()
+    _Scorer(report, starts, play_many).run()
     found = {"constant": report.constant_score, "random": report.random_score, "expert": report.expert_score}
     return {name: score.mean for name, score in found.items() if score is not None}
+
+
+class _Scorer:
+    """What policies without skill and the expert earn; fills that part of a report.
+
+    Attributes:
+        candidates: answers that were tried as the constant one.
+    """
+
+    def __init__(self, report: EnvReport, starts: Sequence[int], play_many: PlayMany) -> None:
+        self.report, self.starts, self._play_many = report, starts, play_many
+        self._rng = np.random.default_rng(0)
+        self.candidates: dict[str, None] = {}
+
+    def run(self) -> None:
+        """Play them all."""
+        report = self.report
+        report.expert_score = self._score(self._expert)
+        report.random_score = self._score(lambda info: _random_answer(info, self._rng))
+        few = min(report.episodes, _SELECTION_EPISODES)
+        others = range(_SELECTION_START, _SELECTION_START + few)
+        self._mean(lambda info: _note(info.get("expert"), self.candidates), others)
+        for answer in report.admissible or []:
+            self.candidates.setdefault(answer)
+        answers = list(self.candidates)
+        if len(answers) > _MOST_CANDIDATES:
+            chosen = self._rng.choice(len(answers), _MOST_CANDIDATES, replace=False)
+            answers = [answers[number] for number in sorted(chosen)]
+        if answers:
+            earned = {answer: self._mean(_always(answer), others) for answer in answers}
+            report.constant_answer = max(answers, key=lambda answer: earned[answer])
+            report.constant_score = self._score(_always(report.constant_answer))
+
+    def _expert(self, info: dict[str, Any]) -> str | None:
+        listed = info.get("admissible")
+        if self.report.admissible is None and isinstance(listed, (list, tuple)):
+            self.report.admissible = [choice for choice in listed if isinstance(choice, str)]
+        return info.get("expert")
+
+    def _returns(self, policy: Policy, starts: Sequence[int]) -> list[float] | None:
+        returns = []
+        for outcome in self._play_many(policy, starts):
+            if outcome is None:
+                continue
+            total, transcript = outcome
+            if not transcript:
+                return None
+            self._see([reward for *_, reward in transcript])
+            returns.append(total)
+        return returns
+
+    def _mean(self, policy: Policy, starts: Sequence[int]) -> float:
+        return statistics.fmean(self._returns(policy, starts) or [float("-inf")])
+
+    def _score(self, policy: Policy) -> Score | None:
+        returns = self._returns(policy, self.starts)
+        if not returns:
+            return None
+        error = statistics.stdev(returns) / len(returns) ** 0.5 if len(returns) > 1 else float("nan")
+        return Score(statistics.fmean(returns), error)
+
+    def _see(self, rewards: Sequence[float]) -> None:
+        if not np.isfinite(rewards).all():
+            self.report.problems.append(f"a reward is not finite: {list(rewards)[:10]}")
+            return
+        low, high = self.report.seen_rewards or (rewards[0], rewards[0])
+        self.report.seen_rewards = min(low, *rewards), max(high, *rewards)
 
 
 class _Checker:
     """Fills a report; every check adds its own problems."""
 
-    def __init__(
-        self, env: gymnasium.Env[str, str], report: EnvReport, starts: Sequence[int] | None = None
-    ) -> None:
+    def __init__(self, env: gymnasium.Env[str, str], report: EnvReport) -> None:
         self.env, self.report = env, report
-        self.starts = range(report.episodes) if starts is None else starts
-        self.rng = np.random.default_rng(0)
-        self.candidates: dict[str, None] = {}
+        self.scorer = _Scorer(
+            report,
+            range(report.episodes),
+            lambda policy, starts: (play(env, policy, index, index) for index in starts),
+        )
 
     def run(self) -> None:
         report = self.report
@@ -182,7 +256,7 @@ class _Checker:
             ("gymnasium's check_env", self._gymnasium),
             ("info", self._info),
             ("determinism", self._determinism),
-            ("scores", self.scores),
+            ("scores", self.scorer.run),
             ("junk actions", self._junk),
         ):
             try:
@@ -238,55 +312,10 @@ class _Checker:
         rng = np.random.default_rng(seed)
         return play(self.env, lambda info: _random_answer(info, rng) or "anything", index, seed)[1]
 
-    def scores(self) -> None:
-        """What the policies without skill and the expert earn."""
-        report = self.report
-        report.admissible = self.env.reset(seed=0, options={"index": self.starts[0]})[1].get("admissible")
-        report.expert_score = self._score(lambda info: info.get("expert"))
-        report.random_score = self._score(lambda info: _random_answer(info, self.rng))
-        few = min(report.episodes, _SELECTION_EPISODES)
-        others = range(_SELECTION_START, _SELECTION_START + few)
-        self._mean(lambda info: _note(info.get("expert"), self.candidates), others)
-        for answer in report.admissible or []:
-            self.candidates.setdefault(answer)
-        answers = list(self.candidates)
-        if len(answers) > _MOST_CANDIDATES:
-            chosen = self.rng.choice(len(answers), _MOST_CANDIDATES, replace=False)
-            answers = [answers[number] for number in sorted(chosen)]
-        if answers:
-            earned = {answer: self._mean(_always(answer), others) for answer in answers}
-            report.constant_answer = max(answers, key=lambda answer: earned[answer])
-            report.constant_score = self._score(_always(report.constant_answer))
-
-    def _returns(self, policy: Policy, starts: Sequence[int]) -> list[float] | None:
-        returns = []
-        for index in starts:
-            total, transcript = play(self.env, policy, index, index)
-            if not transcript:
-                return None
-            self._see([reward for *_, reward in transcript])
-            returns.append(total)
-        return returns
-
-    def _mean(self, policy: Policy, starts: Sequence[int]) -> float:
-        return statistics.fmean(self._returns(policy, starts) or [float("-inf")])
-
-    def _score(self, policy: Policy) -> Score | None:
-        returns = self._returns(policy, self.starts)
-        if not returns:
-            return None
-        error = statistics.stdev(returns) / len(returns) ** 0.5 if len(returns) > 1 else float("nan")
-        return Score(statistics.fmean(returns), error)
-
-    def _see(self, rewards: Sequence[float]) -> None:
-        if not np.isfinite(rewards).all():
-            self.report.problems.append(f"a reward is not finite: {list(rewards)[:10]}")
-            return
-        low, high = self.report.seen_rewards or (rewards[0], rewards[0])
-        self.report.seen_rewards = min(low, *rewards), max(high, *rewards)
-
     def _junk(self) -> None:
-        found = [junk_problem(problem) for problem in paid_junk(self.env, _JUNK, list(self.candidates))]
+        found = [
+            junk_problem(problem) for problem in paid_junk(self.env, _JUNK, list(self.scorer.candidates))
+        ]
         self.report.problems += found[:5]
 
 
@@ -295,25 +324,27 @@ def paid_junk(
 ) -> Iterator[tuple[str, float, dict[str, Any]]]:
     """Try ``count`` junk actions and yield ``(action, reward, info)`` of each that was paid though it is no answer.
 
-    An action is junk when the environment calls it invalid, when it differs from what the environment says it
-    understood, or when it is none of the answers that ``info`` gave beforehand (where it gave any). Episodes go on with a real answer now and then, so that junk also meets later turns.
+    Every other one hides an answer that is right or accepted at that very moment in something else; the rest is fixed or
+    drawn. An action is junk when the environment calls it invalid, when it differs from what the environment says it
+    understood, or when it is none of the answers that ``info`` gave beforehand (where it gave any). Episodes go on with a
+    real answer now and then, so that junk also meets later turns.
 
     Args:
         env: the environment.
         count: how many junk actions.
-        answers: real answers to hide in junk, beside those that turn up on the way.
+        answers: more answers to hide in junk.
         seed: of the random characters, and of the episodes.
     """
     rng = np.random.default_rng(seed)
-    known = list(answers)
     _, info = env.reset(seed=seed, options={"index": 0})
-    known = list(dict.fromkeys([*_known(info), *known]))
-    for number, action in enumerate(junk(count, known, rng)):
+    for number, action in enumerate(junk(count, answers, rng)):
         if number % 3 == 2 and (real := info.get("expert") or _random_answer(info, rng)) is not None:
             *_, terminated, truncated, info = env.step(real)
             if terminated or truncated:
                 _, info = env.reset(seed=seed, options={"index": number})
         listed = _known(info)
+        if number % 2 and (hiding := _hidden_now(listed, number // 2)) is not None:
+            action = hiding
         _, reward, terminated, truncated, info = env.step(action)
         parsed = info.get("parsed")
         understood = not info.get("invalid") and parsed is not None and _same(action, parsed)
@@ -328,6 +359,15 @@ def junk_problem(found: tuple[str, float, dict[str, Any]]) -> str:
     """A line about one finding of :func:`paid_junk`."""
     action, reward, info = found
     return f"junk is paid: {action!r:.80} earned {reward:g}, understood as {info.get('parsed')!r:.40}"
+
+
+def _hidden_now(listed: list[str], number: int) -> str | None:
+    """One of the answers, the right one as a rule, in one of the frames; None without answers."""
+    if not listed:
+        return None
+    frame, round_ = HIDING[number % len(HIDING)], number // len(HIDING)
+    answer = listed[0] if round_ % 3 else listed[round_ // 3 % len(listed)]
+    return next(iter(hidden([answer], (frame,), listed)), None)
 
 
 def _same(action: str, parsed: str) -> bool:

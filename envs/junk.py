@@ -31,11 +31,11 @@ _ALPHABETS = (
 )
 
 
-def hidden(answers: Sequence[str]) -> list[str]:
-    """Every answer inside of every frame of :data:`HIDING`, except where that is another of the answers."""
-    known = {answer.casefold() for answer in answers}
-    frames = (frame.format(answer) for answer in answers for frame in HIDING)
-    return [text for text in frames if text.strip().removesuffix(".").casefold() not in known]
+def hidden(answers: Sequence[str], frames: Sequence[str] = HIDING, others: Sequence[str] = ()) -> list[str]:
+    """Every answer inside of every frame, except where that is another of the answers, or of the ``others``."""
+    known = {answer.casefold() for answer in (*answers, *others)}
+    texts = (frame.format(answer) for answer in answers for frame in frames)
+    return [text for text in texts if text.strip().removesuffix(".").casefold() not in known]
 
 
 def junk(count: int, answers: Sequence[str], rng: np.random.Generator) -> Iterator[str]:

@@ -147,8 +147,8 @@ class ParseAction(gymnasium.ActionWrapper[str, str, str], RecordConstructorArgs)
 class AdmissibleActions(TextWrapper, RecordConstructorArgs):
     """The policy scores the answers in ``info["admissible"]`` instead of writing free text.
 
-    A rollout asks ``env.has_wrapper_attr("scores_choices")``. Any other answer reaches the environment as an empty
-    one, which it calls invalid.
+    A recipe that names this wrapper scores them, as with ``env.choose_admissible``. Any other answer reaches the
+    environment as an empty one, which it calls invalid.
 
     Args:
         env: an environment that lists what it accepts.
@@ -157,8 +157,6 @@ class AdmissibleActions(TextWrapper, RecordConstructorArgs):
     Raises:
         TeaError: at the first reset or step that lists nothing.
     """
-
-    scores_choices = True
 
     def __init__(self, env: gymnasium.Env[str, str], choices: Sequence[str] | None = None) -> None:
         RecordConstructorArgs.__init__(self, choices=choices)

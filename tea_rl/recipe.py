@@ -16,8 +16,10 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from tea_rl.errors import TeaError
 from tea_rl.head.config import HeadConfig
+from tea_rl.recipe_compare import CompareConfig
 from tea_rl.recipe_groups import (
     OFFLINE_OBJECTIVES,
+    TOKEN_CREDIT_OBJECTIVES,
     AnchorConfig,
     DataConfig,
     EnvConfig,
@@ -42,7 +44,7 @@ from tea_rl.recipe_source import find_recipe_file, read_recipe_file, resolve_pat
 from tea_rl.recipe_yaml import dump_yaml, parse_yaml
 
 __all__ = [
-    "AnchorConfig", "DataConfig", "EnvConfig", "HeadConfig", "ModelConfig", "ObjectiveConfig", "Recipe", "RewardSpec",
+    "AnchorConfig", "CompareConfig", "DataConfig", "EnvConfig", "HeadConfig", "ModelConfig", "ObjectiveConfig", "Recipe", "RewardSpec",
     "RolloutConfig", "TrainConfig", "describe_schema", "load_recipe", "parse_recipe", "schema_markdown",
     "shipped_recipes",
 ]  # fmt: skip
@@ -74,6 +76,7 @@ class Recipe(Group):
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig, description="Algorithm.")
     anchor: AnchorConfig = Field(default_factory=AnchorConfig, description="Pull to the original model.")
     train: TrainConfig = Field(default_factory=TrainConfig, description="Optimisation and bookkeeping.")
+    compare: CompareConfig = Field(default_factory=CompareConfig, description="Settings of tea-rl compare.")
     _base_dir: Path = PrivateAttr(default_factory=Path.cwd)
 
     @property
@@ -109,6 +112,14 @@ class Recipe(Group):
             raise TeaError(
                 "head.train_reference needs anchor.conservativity 0 (the anchor would hold on to a moving reference), got "
                 f"{self.anchor.conservativity:g}; set one of them."
+            )
+        if self.objective.token_credit > 0 and (
+            not self.offline or self.objective.name not in TOKEN_CREDIT_OBJECTIVES
+        ):
+            raise TeaError(
+                f"objective.token_credit is for stored completions and {', '.join(TOKEN_CREDIT_OBJECTIVES)}, got objective.name "
+                f"{self.objective.name}{'' if self.offline else ' online'}; set one of these with labelled data, or "
+                "token_credit: 0."
             )
         if self.anchor.dataset is not None and (not self.offline or self.anchor.conservativity == 0):
             lacks = "data.dataset or data.store" if not self.offline else "anchor.conservativity above 0"

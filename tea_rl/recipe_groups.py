@@ -198,6 +198,8 @@ class RolloutConfig(Group):
         return value
 
 
+#: Objectives that ``token_credit`` can weigh the tokens of.
+TOKEN_CREDIT_OBJECTIVES = ("reward_weighted", "reinforce", "ppo")
 #: Objectives that learn from labels alone; the others need rollouts (stored ones will do).
 OFFLINE_OBJECTIVES = ("cross_entropy", "reward_weighted", "awr", "dpo", "ipo", "kto")
 
@@ -224,6 +226,13 @@ class ObjectiveConfig(Group):
     )
     clip_range_high: float | None = Field(
         None, gt=0.0, description="Upper clip when it differs from clip_range."
+    )
+    token_credit: float = Field(
+        0.0,
+        ge=0.0,
+        le=1.0,
+        description="How much of what a stored token is weighed by is its own: by how much it changed the reward that a critic "
+        "fitted to the states expects; the rest is its completion's (reward_weighted, reinforce, ppo).",
     )
     inner_epochs: int = Field(6, ge=1, description="Most passes over one rollout.")
     minibatch_tokens: int = Field(512, ge=1, description="Tokens in one optimizer step, about.")
@@ -256,6 +265,26 @@ class AnchorConfig(Group):
     kwargs: dict[str, Any] = Field(default_factory=dict, description="Settings of that source.")
     size: int | None = Field(None, ge=2, description="Rows of it to use, the first ones; null = all.")
     minibatch_tokens: int = Field(256, ge=1, description="Tokens of it in each optimizer step, about.")
+
+
+class StopConfig(Group):
+    """Guards against a reward that is hacked; each is looked at after every held-out evaluation of an online run."""
+
+    kl: float | None = Field(
+        None, gt=0.0, description="Largest KL to the original model, nats a token; null = off."
+    )
+    distinct_2: float | None = Field(
+        None,
+        gt=0.0,
+        le=1.0,
+        description="Smallest share of distinct bigrams, against the original model's; null = off.",
+    )
+    base_nll: float | None = Field(
+        None,
+        gt=0.0,
+        description="Largest rise of the samples' surprise under the original model, as a share of what it was (an independent "
+        "metric that falls); null = off.",
+    )
 
 
 class TrainConfig(Group):
@@ -291,6 +320,9 @@ class TrainConfig(Group):
     report_to: Literal["none", "tensorboard", "trackio", "wandb"] = Field(
         "none", description="Experiment tracker."
     )
+    stop_when: StopConfig = Field(
+        default_factory=StopConfig, description="Online: conditions that end a run before max_steps."
+    )
     num_train_epochs: float | None = Field(
         None, gt=0.0, description="Offline: passes over the data; null = max_steps decides."
     )
@@ -314,6 +346,13 @@ class TrainConfig(Group):
         0.0,
         ge=0.0,
         description="Offline: rows shorter than this many tokens weigh length / this; 0 = all weigh the same.",
+    )
+    return_dropout: float = Field(
+        0.2,
+        ge=0.0,
+        lt=1.0,
+        description="Offline, with head.return_conditioning: share of rows whose return is hidden in an update, drawn anew, so "
+        "that the head also works where no return is asked for; these rows teach the objective, the others are imitated.",
     )
     max_skipped_steps: int = Field(
         5, ge=1, description="Steps in a row with non-finite numbers before the run stops."

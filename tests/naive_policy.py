@@ -33,6 +33,7 @@ def member_correction(head: TeaHead, k: int, states: Tensor) -> tuple[Tensor, Te
             for n, (block, index) in enumerate(zip(blocks, picked, strict=True))
         ]
     x = torch.cat([F.layer_norm(block, block.shape[1:]) for block in blocks], dim=1)
+    normed = x
     x = x * members.norm_scale[k] + members.norm_shift[k]
     outputs = []
     for layer, (weight, bias) in enumerate(zip(members.weights, members.biases, strict=True)):
@@ -45,6 +46,8 @@ def member_correction(head: TeaHead, k: int, states: Tensor) -> tuple[Tensor, Te
             x = F.silu(x)
         outputs.append(F.pad(x, (0, packed - own)))
     features = torch.cat(outputs, dim=1)
+    if config.gate:
+        features = features * 2 / (1 + (-(normed @ members.gate_weight[k] + members.gate_bias[k])).exp())
     out = features @ members.readout.chunk(config.num_members, dim=1)[k].t()
     if config.readout == "tied":
         delta = out[:, :-1] @ head.weight.t()

@@ -197,7 +197,7 @@ def test_ctrl_c_saves_and_resume_finishes(recipe, tmp_path):
     """A real process, a real signal."""
     output = tmp_path / "run"
     base = [sys.executable, "-m", "tea_rl.cli", "train", str(recipe), "--output", str(output)]
-    command = [*base, "--set", "train.max_steps=2000"]
+    command = [*base, "--set", "train.max_steps=2000", "--set", "train.eval_steps=2000"]
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ
     )

@@ -1,4 +1,4 @@
-"""Commands on recipes that play an environment: train, evaluate, inspect, rollout, and an episode of the base model."""
+"""Commands that play an environment: train, evaluate, rollout, inspect, and an episode of the base model."""
 
 import json
 import re
@@ -58,6 +58,7 @@ def test_train_tells_of_episodes(capsys, recipe, tmp_path):
     assert "Held-out episodes" in out and f"tea-rl evaluate {tmp_path / 'run' / 'recipe.yaml'}" in out
 
 
+@pytest.mark.usefixtures("unrendered_pictures")
 def test_train_says_what_failed_and_prints_no_nan(capsys, recipe, tmp_path):
     settings = ["--set", "env.id=EasyFlaky-v0", "--set", "env.expert.episodes=0"]
     settings += ["--set", "env.kwargs={broken: 3}", "--set", "rollout.prompts_per_step=6"]
@@ -101,16 +102,35 @@ def test_evaluate_refuses_before_the_model_is_loaded(capsys, run, recipe):
     assert "/no/such/model" in last_error(tea(capsys, *args, "env.eval_starts=2"))
 
 
+def test_evaluate_an_environment_by_id(capsys, run):
+    args = ["evaluate", "--env", "EasyPick-v0", "--head", run / "head", "--set", "env.eval_starts=3"]
+    code, out, err = tea(
+        capsys, *args, "--set", "rollout.max_completion_length=3", "--strength", "0,1", "--json"
+    )
+    assert code == 0 and "3 starts" in err
+    rows = json.loads(out)
+    assert rows[0]["eval_kl"] == pytest.approx(0, abs=1e-6) and rows[1]["eval_kl"] > 1e-6
+    assert rows[0]["eval_expert_reward"] == 1 and rows[0]["eval_turns"] == 2
+    assert "give a recipe or --env ID" in last_error(tea(capsys, "evaluate", "--head", run / "head"))
+    unknown = ["evaluate", "--env", "EasyPik-v0", "--head", run / "head", "--model", "/no/such/model"]
+    assert "EasyPik-v0" in last_error(tea(capsys, *unknown))
+
+
 def test_inspect_shows_transcripts(capsys, run):
     code, out, err = tea(capsys, "inspect", run)
     assert code == 0 and "aaa?" in out + "bbb?" + "ccc?" and "--row N" in err
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     code, out, _ = tea(capsys, "inspect", run, "--row", 1)
-    assert code == 0 and "trained_reward:" in out
-    shown = out.partition("trained:\n")[2]
-    told = [line for line in samples[1]["trained"].splitlines() if line.endswith("?")]
-    assert told and all(f"  | {line}" in shown.splitlines() for line in told)
+    assert code == 0 and re.search(r"^base, return [+-]\d\.\d{3} after 2 turns$", out, re.MULTILINE)
+    shown = out.partition("\ntrained, return ")[2].splitlines()
+    for turn in samples[1]["trained_episode"]["turns"]:
+        (place,) = [n for n, line in enumerate(shown) if line.startswith(f"turn {turn['turn']}, reward ")]
+        assert shown[place].endswith("invalid") == turn["invalid"]
+        assert shown[place + 1] == f"  | {turn['observation']}"
+        assert shown[place + 2].startswith("  > ")
+    assert shown[-2] == "end"
     assert json.loads(tea(capsys, "inspect", run, "--row", 1, "--json")[1])[0]["base"] == samples[1]["base"]
+    assert "--episode is for stores" in last_error(tea(capsys, "inspect", run, "--episode", 1))
 
 
 def test_inspect_shows_no_control_characters(capsys, tmp_path):
@@ -121,9 +141,70 @@ def test_inspect_shows_no_control_characters(capsys, tmp_path):
     assert code == 0 and "base:\n  | x\n  | \\x1b[2Jy\n" in out and "\x1b" not in out
 
 
-def test_rollout_refuses_environments(capsys, recipe, tmp_path):
-    error = last_error(tea(capsys, "rollout", recipe, "--output", tmp_path / "store"))
-    assert "EasyPick-v0" in error and "tea-rl train" in error
+def test_rollout_inspect_and_train_offline(capsys, recipe, tmp_path):
+    store = tmp_path / "store"
+    code, out, err = tea(capsys, "rollout", recipe, "--output", store, "--steps", 2)
+    assert code == 0 and "32 rows" in out and "16/16 episodes" in err
+    assert tea(capsys, "rollout", recipe, "--output", store, "--steps", 2)[0] == 0
+    code, out, err = tea(capsys, "inspect", store)
+    assert code == 0 and "episode" in out and "return" in out and "--episode N" in err
+    rows = json.loads(tea(capsys, "inspect", store, "--json", "--limit", 40)[1])["rows"]
+    assert len(rows) == 32 and rows[0]["prompt"] == rows[0]["columns"]["observation"]
+    code, out, _ = tea(capsys, "inspect", store, "--episode", 3)
+    lines = out.splitlines()
+    assert code == 0 and re.match(
+        r"episode 3 \(start \d, rows 6 to 7\), return \+\d\.\d{3} after 2 turns$", lines[0]
+    )
+    assert [line.split(",")[0] for line in lines if line.startswith("turn ")] == ["turn 0", "turn 1"]
+    assert f"  | {rows[6]['columns']['observation']}" in lines and "end" in lines
+    played = json.loads(tea(capsys, "inspect", store, "--episode", 3, "--json")[1])
+    assert [turn["row"] for turn in played["turns"]] == [6, 7]
+    assert played["turns"][0]["return"] == pytest.approx(sum(turn["reward"] for turn in played["turns"]))
+    code, out, _ = tea(capsys, "inspect", store, "--row", 7)
+    assert code == 0 and re.search(r"^turn: +1$", out, re.MULTILINE) and "position" in out
+    assert "16 of the episodes 0 to 15" in last_error(tea(capsys, "inspect", store, "--episode", 99))
+    settings = ["objective.name=cross_entropy", "train.max_steps=2", "env.id=null", f"data.store={store}"]
+    sets = [part for text in settings for part in ("--set", text)]
+    code, out, _ = tea(capsys, "train", recipe, *sets, "--output", tmp_path / "offline")
+    assert code == 0 and "Held-out rows" in out
+
+
+def test_rollout_of_an_environment_by_id(capsys, model, run, tmp_path):
+    args = [
+        "rollout",
+        "--env",
+        "EasyPick-v0",
+        "--kwargs",
+        "silent=true",
+        "--set",
+        "rollout.prompts_per_step=2",
+    ]
+    args += ["--set", "rollout.num_generations=2", "--set", "rollout.max_completion_length=3", "--steps", 1]
+    name = ["--set", f"model.name_or_path={model}", "--set", "model.dtype=float32"]
+    code, out, _ = tea(capsys, *args, *name, "--output", tmp_path / "base", "--json")
+    assert code == 0 and json.loads(out)["rows"] == 8
+    # A head brings its model and its own settings along.
+    code, out, _ = tea(capsys, *args, "--head", run / "head", "--output", tmp_path / "head", "--json")
+    made = json.loads(out)
+    assert code == 0 and made["rows"] == 8 and made["keys"]["base_model_name_or_path"] == str(model)
+    assert made["keys"]["shortlist_size"] == 32
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ([], "give a recipe or --env ID"),
+        (["quickstart", "--env", "EasyPick-v0"], "got both"),
+        (["quickstart", "--kwargs", "a=1"], "--kwargs belongs to --env"),
+        (["--env", "EasyPik-v0"], 'there is no environment "EasyPik-v0"'),
+        (["--env", "EasyPick-v0", "--kwargs", "silnt=true"], "silnt"),
+        (["--env", "EasyPick-v0", "--set", "env.choose_admissible=true"], "env.choose_admissible=false"),
+        (["--env", "EasyPick-v0", "--set", "env.max_turn=3"], 'Did you mean "max_turns"'),
+        (["--env", "EasyPick-v0", "--head", "no/such/head"], "no/such/head"),
+    ],
+)
+def test_rollout_mistakes_are_one_line(capsys, tmp_path, args, words):
+    assert words in last_error(tea(capsys, "rollout", *args, "--output", tmp_path / "store"))
     assert not (tmp_path / "store").exists()
 
 

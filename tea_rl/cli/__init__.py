@@ -11,6 +11,7 @@ import typer
 from tea_rl import __version__
 from tea_rl.cli import (
     chat,
+    compare,
     data,
     doctor,
     embed,
@@ -21,6 +22,7 @@ from tea_rl.cli import (
     play,
     recipes,
     relabel,
+    report,
     rollout,
     sweep,
     train,
@@ -79,6 +81,8 @@ app.command("recipes")(recipes.recipes)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("evaluate")(evaluate.evaluate)
+app.command("compare")(compare.compare)
+app.command("report")(report.report)
 app.command("doctor")(doctor.doctor)
 app.add_typer(data.app, name="data")
 app.command("embed")(embed.embed)

@@ -7,8 +7,10 @@ from typing import Annotated
 import typer
 
 from tea_rl.cli.common import HeadOption, ModelOption, apply_chat_template, load_head, note, parse_strengths
+from tea_rl.cli.returns import note_beyond, parse_returns, returns_for
 
 _HELP = "Type a message. /strength 0.5 changes the head's strength, /reset forgets the conversation, /exit leaves."
+_RETURN_HELP = "/return 0.5 changes the return that the head aims at."
 
 
 def chat(
@@ -16,6 +18,10 @@ def chat(
     strength: Annotated[
         str, typer.Option("--strength", help="Scale of the correction; 0 is the base model.")
     ] = "1",
+    asked: Annotated[
+        str | None,
+        typer.Option("--return", help="Return to aim at, for a head with return conditioning."),
+    ] = None,
     system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")] = 0.7,
@@ -26,6 +32,7 @@ def chat(
     Example: [bold]tea-rl chat --head runs/demo/head[/bold]
     """
     first = parse_strengths(strength)[0]
+    returns = returns_for(head, asked, "--return")[:1]
     backbone, tea = load_head(head, model)
     from transformers import TextStreamer
 
@@ -34,11 +41,13 @@ def chat(
     if not backbone.tokenizer.chat_template:
         raise TeaError(f"{backbone.name_or_path} has no chat template; use tea-rl generate instead")
     tea.strength = first
+    for value in returns:
+        _aim(tea, value)
     backbone.install(tea)
     streamer = TextStreamer(backbone.tokenizer, skip_prompt=True, skip_special_tokens=True)
     opening = [{"role": "system", "content": system}] if system else []
     turns = list(opening)
-    note(_HELP)
+    note(_HELP if tea.members.modulation is None else f"{_HELP} {_RETURN_HELP}")
     while (line := _read_line()) is not None:
         if line in ("/exit", "/quit"):
             break
@@ -63,14 +72,22 @@ def _command(line: str, tea) -> None:  # noqa: ANN001
     from tea_rl.errors import TeaError
 
     name, _, value = line.partition(" ")
-    if name != "/strength":
-        note(f"no command {name}. {_HELP}")
-        return
     try:
-        tea.strength = parse_strengths(value)[0]
-        note(f"strength {tea.strength:g}")
+        if name == "/strength":
+            tea.strength = parse_strengths(value)[0]
+            note(f"strength {tea.strength:g}")
+        elif name == "/return":
+            _aim(tea, parse_returns(value, "/return")[0])
+            note(f"return {tea.asked_return:g}")
+        else:
+            note(f"no command {name}. {_HELP}")
     except TeaError as error:
         note(str(error))
+
+
+def _aim(tea, value: float) -> None:  # noqa: ANN001
+    tea.set_return(value)
+    note_beyond(tea, [value])
 
 
 def _answer(

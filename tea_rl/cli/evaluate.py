@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
@@ -19,6 +19,10 @@ from tea_rl.cli.common import (
     parse_strengths,
     print_json,
 )
+from tea_rl.cli.env_recipe import EnvOption, recipe_or_env
+from tea_rl.cli.envs import KwargsOption
+from tea_rl.cli.lm_eval import LimitOption, LmEvalOption, evaluate_tasks
+from tea_rl.cli.returns import note_beyond, returns_for
 
 if TYPE_CHECKING:
     from tea_rl.backbone import Backbone
@@ -34,14 +38,26 @@ _BESIDE = ("constant", "random", "expert")
 
 
 def evaluate(
-    recipe: Annotated[
-        str,
-        typer.Argument(help="The recipe whose held-out prompts and rewards, or environment, are used."),
-    ],
     head: HeadOption,
+    recipe: Annotated[
+        str | None,
+        typer.Argument(help="The recipe whose held-out prompts and rewards, or environment, are used."),
+    ] = None,
+    env: EnvOption = None,
+    kwargs: KwargsOption = None,
     strength: Annotated[
         str, typer.Option("--strength", help="Strengths to evaluate; 0 is the base model.")
     ] = "0,1",
+    asked: Annotated[
+        str | None,
+        typer.Option(
+            "--returns",
+            help="Returns to ask of a head with return conditioning, such as 0,0.5,1: prints achieved against asked.",
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="With --returns: write achieved against asked to this PNG.")
+    ] = None,
     num_generations: Annotated[
         int | None,
         typer.Option(
@@ -51,6 +67,8 @@ def evaluate(
     seed: Annotated[
         int | None, typer.Option(min=0, help="Seed of the sampling; the recipe's by default.")
     ] = None,
+    lm_eval: LmEvalOption = None,
+    limit: LimitOption = None,
     overrides: SetOption = None,
     model: ModelOption = None,
     as_json: JsonOption = False,
@@ -58,17 +76,28 @@ def evaluate(
     """Evaluate a trained head against the base model.
 
     Example: [bold]tea-rl evaluate quickstart --head runs/demo/head --strength 0,0.5,1[/bold]
-    """
-    from tea_rl.recipe import load_recipe
 
-    loaded = load_recipe(recipe, overrides or [])
+    Example: [bold]tea-rl evaluate --env tea_rl/GuessNumber-v0 --head runs/demo/head[/bold]
+
+    Example: [bold]tea-rl evaluate --lm-eval arc_easy --limit 100 --head runs/demo/head[/bold]
+    """
     strengths = parse_strengths(strength)
+    if lm_eval is not None:
+        evaluate_tasks(head, lm_eval, strengths, limit, model, as_json, recipe or env)
+        return
+    loaded = recipe_or_env(recipe, env, kwargs, overrides, head)
+    returns = returns_for(head, asked, "--returns")
+    _check_plot(plot, bool(returns))
     num_generations = num_generations or loaded.train.eval_generations
     prepare = _on_prompts if loaded.env.id is None else _on_episodes
     prepared = prepare(loaded, num_generations, loaded.train.seed if seed is None else seed)
     settings = loaded.model.model_dump(exclude={"name_or_path"})
     backbone, tea = load_head(head, model or loaded.model.name_or_path, settings)
     what, measure, beside = prepared(backbone)
+    if returns:
+        note_beyond(tea, returns)
+        _evaluate_returns(tea, measure, strengths, returns, what, beside, plot, as_json)
+        return
     rows = []
     for value in strengths:
         note(f"evaluating strength {value:g} on {what}")
@@ -78,6 +107,69 @@ def evaluate(
         print_json([{**row, **beside} for row in rows])
     else:
         _print_table(rows, beside)
+
+
+def _check_plot(plot: Path | None, with_returns: bool) -> None:
+    """Refuse, before minutes of work, a picture that could not be written.
+
+    Raises:
+        TeaError: without returns to draw, or for a path that is no place for a file.
+    """
+    from tea_rl.errors import TeaError
+
+    if plot is None:
+        return
+    if not with_returns:
+        raise TeaError(
+            "--plot draws achieved against asked returns and needs --returns, such as 0,0.5,1; got none"
+        )
+    if plot.is_dir() or not plot.parent.is_dir():
+        found = "is a folder" if plot.is_dir() else f"lies in {plot.parent}, which does not exist"
+        raise TeaError(f"--plot takes the path of a PNG to write, but {plot} {found}; choose another path")
+
+
+def _evaluate_returns(
+    tea: TeaHead,
+    measure: Callable[[TeaHead], Evaluation],
+    strengths: list[float],
+    returns: list[float],
+    what: str,
+    beside: dict[str, float],
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """Print what was achieved beside what was asked for, and draw it."""
+    from tea_rl.evaluation.returns import measure_returns, write_returns_plot
+
+    rows = measure_returns(tea, measure, strengths, returns, lambda text: note(f"{text} on {what}"))
+    if as_json:
+        print_json([{**row, **beside} for row in rows])
+    else:
+        _print_returns(rows)
+    if plot is not None:
+        write_returns_plot(rows, plot)
+        note(f"wrote {plot}")
+
+
+def _print_returns(rows: list[dict[str, Any]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE)
+    for title in ("strength", "asked", "achieved", "95 %", "greedy", "KL", "samples"):
+        table.add_column(title, justify="right")
+    for row in rows:
+        table.add_row(
+            f"{row['strength']:g}",
+            "" if row["return"] is None else f"{row['return']:g}",
+            _figure(row["eval_reward"]),
+            "" if math.isnan(row["standard_error"]) else f"+-{1.96 * row['standard_error']:.3f}",
+            _figure(row["eval_reward_greedy"]),
+            _figure(row["eval_kl"]),
+            str(row["samples"]),
+        )
+    Console().print(table)
 
 
 def _on_prompts(recipe: Recipe, num_generations: int, seed: int) -> Callable[[Backbone], Measurement]:
@@ -121,7 +213,7 @@ def _on_episodes(recipe: Recipe, num_generations: int, seed: int) -> Callable[[B
         return (
             f"{len(starts)} starts",
             lambda tea: evaluate_episodes(backbone, tea, make_env, starts, settings, num_generations, seed),
-            scores_without_skill(make_env, starts, note),
+            scores_without_skill(make_env, starts, note, settings),
         )
 
     return prepare

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,6 +15,7 @@ from tea_rl.cli.common import (
     print_json,
     render_prompt,
 )
+from tea_rl.cli.returns import note_beyond, returns_for
 
 
 def generate(
@@ -23,6 +24,13 @@ def generate(
     strength: Annotated[
         str, typer.Option("--strength", help="Scale of the correction; a list such as 0,0.5,1 prints each.")
     ] = "1",
+    asked: Annotated[
+        str | None,
+        typer.Option(
+            "--return",
+            help="Return to aim at, for a head with return conditioning; a list such as 0,0.5,1 prints each.",
+        ),
+    ] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Print the base model's completion, too.")
     ] = False,
@@ -41,7 +49,9 @@ def generate(
     strengths = parse_strengths(strength)
     if compare and 0.0 not in strengths:
         strengths = [0.0, *strengths]
+    returns = returns_for(head, asked, "--return")
     backbone, tea = load_head(head, model)
+    note_beyond(tea, returns)
     from tea_rl.errors import TeaError
     from tea_rl.rollout import DecodeSettings
     from tea_rl.rollout import generate as run_rollout
@@ -58,24 +68,28 @@ def generate(
         greedy=temperature == 0.0,
     )
     rows = []
-    for value in strengths:
-        tea.strength = value
+    saved = tea.asked_return
+    # The original model can be asked for nothing.
+    pairs = [(alpha, value) for alpha in strengths for value in (returns if alpha and returns else [None])]
+    for alpha, value in pairs:
+        tea.strength = alpha
+        tea.set_return(saved if value is None else value)
         result = run_rollout(backbone, tea, [ids], settings, seed=(seed,))
         gain = result.mean_over_rows(result.tokens.logps - result.tokens.base_logps)
         rows += [
-            {"strength": value, "completion": text, "logp_gain_per_token": each}
+            {"strength": alpha, "return": value, "completion": text, "logp_gain_per_token": each}
             for text, each in zip(result.texts, gain.tolist(), strict=True)
         ]
     if as_json:
         print_json({"prompt": prompt, "completions": rows})
         return
     for row in rows:
-        label = (
-            "base"
-            if row["strength"] == 0.0
-            else "trained"
-            if row["strength"] == 1.0
-            else f"strength {row['strength']:g}"
-        )
         shown = row["completion"] if chat else prompt + row["completion"]
-        typer.echo(f"{label:>8} | {shown}" if len(rows) > 1 else shown)
+        typer.echo(f"{_label(row):>8} | {shown}" if len(rows) > 1 else shown)
+
+
+def _label(row: dict[str, Any]) -> str:
+    alpha, value = row["strength"], row["return"]
+    if value is None:
+        return {0.0: "base", 1.0: "trained"}.get(alpha, f"strength {alpha:g}")
+    return f"return {value:g}" if alpha == 1.0 else f"strength {alpha:g}, return {value:g}"

@@ -1,4 +1,4 @@
-"""``tea-rl inspect``: browse a store's rows and tokens, or a run's samples or held-out figures."""
+"""``tea-rl inspect``: browse a store's rows, tokens and episodes, or a run's samples or held-out figures."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tea_rl.cli.common import JsonOption, note, print_json
+from tea_rl.cli.transcript import episode_title, printable_lines, transcript_lines
 
 if TYPE_CHECKING:
     from tea_rl.states.store import StateStore
+
+#: Characters of an observation in a list, its last ones: what was asked stands there.
+_OBSERVATION = 50
 
 
 def inspect(
@@ -19,12 +23,17 @@ def inspect(
     row: Annotated[int | None, typer.Option("--row", min=0, help="Show this row in full.")] = None,
     limit: Annotated[int, typer.Option("--limit", min=1, help="Most rows to list.")] = 20,
     start: Annotated[int, typer.Option("--start", min=0, help="First row to list.")] = 0,
+    episode: Annotated[
+        int | None, typer.Option("--episode", min=0, help="Show this episode of a store, turn by turn.")
+    ] = None,
     head: Annotated[
         Path | None, typer.Option("--head", help="A saved head whose log-probabilities to set beside.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Browse rows, rewards and token-level log-probabilities of a store, or the samples (offline: held-out figures) of a run.
+
+    What was played in an environment is shown turn by turn: of a run with --row, of a store with --episode.
 
     Example: [bold]tea-rl inspect stores/quickstart --row 3[/bold]
     """
@@ -36,38 +45,102 @@ def inspect(
             raise TeaError(
                 f"--head is for stores, but {path} is a run; leave it out, or give {_rows_of(path)}"
             )
+        if episode is not None:
+            raise TeaError(f"--episode is for stores, but {path} is a run; its samples are shown by --row")
         _inspect_run(path, row, start, limit, as_json)
         return
-    from tea_rl.states.browse import load_head_for, row_summaries, store_summary
+    from tea_rl.states.browse import load_head_for
     from tea_rl.states.store import StateStore
 
     # Looking at some rows should not read all of them: files are compared with their digests as they are read.
     store = StateStore.open(path, verify=False)
     tea = None if head is None else load_head_for(store, head)
+    if episode is not None:
+        _inspect_episode(store, episode, as_json)
+        return
     if row is not None:
         _inspect_row(store, row, tea, as_json)
         return
+    _inspect_rows(store, start, limit, tea, as_json)
+
+
+def _inspect_rows(store: StateStore, start: int, limit: int, tea: Any, as_json: bool) -> None:
+    """A list of rows; of episodes it shows the turns."""
+    from tea_rl.errors import TeaError
+    from tea_rl.states.browse import row_summaries, store_summary
+
     if start >= len(store):
-        raise TeaError(f"{path} has rows 0 to {len(store) - 1}, got --start {start}; choose one of them")
+        raise TeaError(
+            f"{store.path} has rows 0 to {len(store) - 1}, got --start {start}; choose one of them"
+        )
     rows = row_summaries(store, range(start, min(start + limit, len(store))), tea)
     if as_json:
         print_json({"store": store_summary(store), "rows": rows})
         return
     _print_summary(store_summary(store))
-    titles = [
-        "row",
-        "reward",
-        "tokens",
-        "base_logp",
-        *(["gain"] if tea is not None else []),
-        "prompt",
-        "completion",
-    ]
+    played = "episode" in rows[0]["columns"]
+    if played:
+        rows = [_turn_summary(item) for item in rows]
+    gain = ["gain"] if tea is not None else []
+    if played:  # the narrow figures only: the texts are what one looks for
+        titles = ["row", "episode", "turn", "reward", "return", *gain, "observation", "completion"]
+    else:
+        titles = ["row", "reward", "tokens", "base_logp", *gain, "prompt", "completion"]
     _print_table(titles, [[_cell(item[title]) for title in titles] for item in rows])
     if start + limit < len(store):
         note(
             f"{len(store) - start - limit} more rows; --start {start + limit} goes on, --row N shows one in full"
         )
+    if played:
+        note("--episode N shows one turn by turn")
+
+
+def _turn_summary(item: dict[str, Any]) -> dict[str, Any]:
+    """A row of an episode: what was said last stands for the conversation before it, the return for the reward."""
+    columns = item["columns"]
+    said = " ".join(columns["observation"].split("\n"))
+    return {
+        **{name: value for name, value in item.items() if name not in ("prompt", "reward", "columns")},
+        "return": item["reward"],
+        **columns,
+        "reward": columns["step_reward"],
+        "observation": said if len(said) <= _OBSERVATION else "..." + said[3 - _OBSERVATION :],
+        "completion": item["completion"] + (" (invalid)" if columns["invalid"] else ""),
+    }
+
+
+def _inspect_episode(store: StateStore, number: int, as_json: bool) -> None:
+    """An episode of a store, turn by turn."""
+    from tea_rl.errors import TeaError
+
+    turns, others = [], set()
+    for row, text in enumerate(store.texts()):
+        columns = text["columns"]
+        if columns.get("episode") == number:
+            value = float(store.rewards[row])
+            known = {
+                "row": row,
+                "completion": text["completion"],
+                "return": None if value != value else value,
+            }
+            turns.append({**columns, **known, "reward": columns["step_reward"]})
+        elif "episode" in columns:
+            others.add(columns["episode"])
+    if not turns:
+        has = (
+            f"has {len(others)} of the episodes 0 to {max(others)}; those that failed left no rows"
+            if others
+            else "holds no episodes"
+        )
+        raise TeaError(
+            f"expected an episode of {store.path}, which {has}, got --episode {number}; choose another"
+        )
+    if as_json:
+        print_json({"episode": number, "start": turns[0]["start"], "turns": turns})
+        return
+    name = f"episode {number} (start {turns[0]['start']}, rows {turns[0]['row']} to {turns[-1]['row']})"
+    typer.echo(episode_title(name, sum(turn["reward"] for turn in turns), len(turns)))
+    typer.echo("\n".join(transcript_lines(turns, turns[-1])))
 
 
 def _inspect_row(store: StateStore, row: int, head: Any, as_json: bool) -> None:
@@ -78,6 +151,9 @@ def _inspect_row(store: StateStore, row: int, head: Any, as_json: bool) -> None:
     if as_json:
         print_json({**summary, "per_token": tokens})
         return
+    if "episode" in summary["columns"]:
+        told = {"observation": summary["columns"]["observation"], "completion": summary["completion"]}
+        summary = {k: v for k, v in (_turn_summary(summary) | told).items() if k != "step_reward"}
     for name, value in summary.items():
         if value not in (None, {}, ""):
             typer.echo(f"{name + ':':12} {_cell(value, 2000)}")
@@ -102,15 +178,9 @@ def _inspect_run(path: Path, row: int | None, start: int, limit: int, as_json: b
     if as_json:
         print_json(shown)
     elif row is not None:
-        for name, value in shown[0].items():
-            if isinstance(value, str) and "\n" in value.strip(
-                "\n"
-            ):  # a transcript, or a text of several lines
-                typer.echo(f"{name}:\n" + "\n".join(f"  | {line}" for line in _lines(value)))
-            else:
-                typer.echo(f"{name + ':':16} {_cell(value, 4000)}")
+        _print_sample(shown[0])
     else:
-        titles = list(dict.fromkeys(name for item in shown for name in item))
+        titles = list(dict.fromkeys(name for item in shown for name in item if not name.endswith("_episode")))
         _print_table(titles, [[_cell(item.get(title)) for title in titles] for item in shown])
         if start + limit < len(rows):
             note(f"{len(rows) - start - limit} more {what}; --start {start + limit} goes on")
@@ -120,10 +190,20 @@ def _inspect_run(path: Path, row: int | None, start: int, limit: int, as_json: b
         note(f"{path} has no samples, so these are its held-out figures; look at rows with {_rows_of(path)}")
 
 
-def _lines(text: str) -> list[str]:
-    """Lines of a transcript, printable; what a model wrote may hold anything, also what moves a terminal's cursor."""
-    lines = text.strip("\n").split("\n")
-    return ["".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in line) for line in lines]
+def _print_sample(sample: dict[str, Any]) -> None:
+    """Everything of a sample; episodes turn by turn, which say it all."""
+    sides = {name: sample[f"{name}_episode"] for name in ("base", "trained") if f"{name}_episode" in sample}
+    told = {"prompt", *(name + end for name in sides for end in ("", "_reward", "_episode"))}
+    for name, value in sample.items():
+        if sides and name in told:
+            continue
+        if isinstance(value, str) and "\n" in value.strip("\n"):
+            typer.echo(f"{name}:\n" + "\n".join(f"  | {line}" for line in printable_lines(value)))
+        else:
+            typer.echo(f"{name + ':':16} {_cell(value, 4000)}")
+    for name, played in sides.items():
+        typer.echo("\n" + episode_title(name, sample[f"{name}_reward"], len(played["turns"])))
+        typer.echo("\n".join(transcript_lines(played["turns"], played)))
 
 
 def _run_items(path: Path) -> tuple[str, list[dict[str, Any]]]:
@@ -187,7 +267,7 @@ def _print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
     table = Table(box=box.SIMPLE)
     for title in titles:
-        words = title in ("prompt", "completion", "text", "base", "trained")
+        words = title in ("prompt", "observation", "completion", "text", "base", "trained")
         table.add_column(title, justify="left" if words else "right", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))

@@ -88,6 +88,7 @@ def train(
         overrides = [
             "data.prompts=null",
             "data.dataset=null",
+            "env.id=null",
             f"data.store={json.dumps(str(store), ensure_ascii=False)}",
             *overrides,
         ]

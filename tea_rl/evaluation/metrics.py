@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import zlib
 from collections.abc import Sequence
 
 import numpy as np
+
+_WORD = re.compile(r"\w+")
 
 
 def distinct_n(texts: Sequence[str], n: int = 2) -> float:
@@ -15,6 +19,26 @@ def distinct_n(texts: Sequence[str], n: int = 2) -> float:
     """
     grams = [gram for text in texts for gram in zip(*(text.split()[i:] for i in range(n)), strict=False)]
     return len(set(grams)) / len(grams) if grams else float("nan")
+
+
+def self_repetition(text: str) -> float:
+    """Share of a text's words that occurred in it before; 0 for one without words.
+
+    >>> self_repetition("great, Great great film")
+    0.5
+    """
+    words = _WORD.findall(text.lower())
+    return 1 - len(set(words)) / len(words) if words else 0.0
+
+
+def compressed_share(texts: Sequence[str]) -> float:
+    """Compressed size over size of all texts together: what repeats, within a text or across, costs nearly nothing; NaN of nothing.
+
+    >>> compressed_share(["the same"] * 50) < 0.1 < compressed_share(["the same"])
+    True
+    """
+    data = "\n".join(texts).encode()
+    return len(zlib.compress(data, 9)) / len(data) if data else float("nan")
 
 
 def mean(values: Sequence[float]) -> float:

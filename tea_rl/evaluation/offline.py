@@ -70,8 +70,16 @@ class RowFigures:
 
 
 @torch.no_grad()
-def row_figures(heads: Sequence[TeaHead], store: StateStore, rows: np.ndarray) -> list[RowFigures]:
-    """Figures of several heads on rows of a store, which is read once."""
+def row_figures(
+    heads: Sequence[TeaHead], store: StateStore, rows: np.ndarray, returns: np.ndarray | None = None
+) -> list[RowFigures]:
+    """Figures of several heads on rows of a store, which is read once.
+
+    Args:
+        returns: what heads with ``return_conditioning`` are asked for in each row, ``(R,)``, NaN for nothing; None: the row's own
+            reward.
+    """
+    asked = torch.from_numpy(np.asarray(store.rewards[rows] if returns is None else returns, np.float32))
     names = ("logps", "hits", "kl", "gains")
     sums = [{name: np.zeros(len(rows)) for name in names} for _ in heads]
     base = {name: np.zeros(len(rows)) for name in ("logps", "hits")}
@@ -85,7 +93,7 @@ def row_figures(heads: Sequence[TeaHead], store: StateStore, rows: np.ndarray) -
         }
         for name, values in found.items():
             base[name][place] = _row_sums(values, batch, len(chunk))
-        found_by_head = _token_figures(heads, batch, store.temperature)
+        found_by_head = _token_figures(heads, batch, store.temperature, asked[place][batch.rows])
         for own, measured in zip(sums, found_by_head, strict=True):
             for name, values in zip(names, measured, strict=True):
                 own[name][place] = _row_sums(values, batch, len(chunk))
@@ -116,15 +124,17 @@ def _row_sums(values: torch.Tensor, batch: TokenBatch, count: int) -> np.ndarray
 
 
 def _token_figures(
-    heads: Sequence[TeaHead], batch: TokenBatch, temperature: float
+    heads: Sequence[TeaHead], batch: TokenBatch, temperature: float, returns: torch.Tensor
 ) -> list[tuple[torch.Tensor, ...]]:
     """For each head: log-probability, whether the action is the likeliest token, KL, and gain over the original model, ``(N,)``
     each."""
     assert batch.shortlist is not None
     listed = [head for head in heads if not head.full_vocabulary]
-    corrections = iter(shared_corrections(listed, batch.states, batch.shortlist.ids) if listed else [])
+    corrections = iter(
+        shared_corrections(listed, batch.states, batch.shortlist.ids, returns) if listed else []
+    )
     return [
-        _full_figures(head, batch, temperature)
+        _full_figures(head, batch, temperature, returns if head.config.return_conditioning else None)
         if head.full_vocabulary
         else _listed_figures(head, batch, temperature, *next(corrections))
         for head in heads
@@ -166,13 +176,15 @@ def _listed_hits(
     return hits
 
 
-def _full_figures(head: TeaHead, batch: TokenBatch, temperature: float) -> tuple[torch.Tensor, ...]:
+def _full_figures(
+    head: TeaHead, batch: TokenBatch, temperature: float, returns: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
     parts = []
-    for states, actions in zip(
-        batch.states.split(_FULL_TOKENS), batch.actions.split(_FULL_TOKENS), strict=True
-    ):
+    for start in range(0, len(batch), _FULL_TOKENS):
+        part = slice(start, start + _FULL_TOKENS)
+        states, actions = batch.states[part], batch.actions[part]
         base = head.reference_logits(states, temperature)
-        logits = head.full_logits(states, base, temperature)
+        logits = head.full_logits(states, base, temperature, None if returns is None else returns[part])
         logps, base_logps = logits.log_softmax(dim=-1), base.log_softmax(dim=-1)
         kl = divergence("reverse_kl", logits, base, logps, base_logps)
         own = logps.gather(1, actions.unsqueeze(1)).squeeze(1)

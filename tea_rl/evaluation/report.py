@@ -5,15 +5,13 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Iterable
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from tea_rl.errors import TeaError
-from tea_rl.evaluation.report_style import STYLE
+from tea_rl.evaluation.report_parts import escape, flatten, html_page, number, pairs, setting_groups
 from tea_rl.training.files import atomic_write_text, disk_errors, read_jsonl
 from tea_rl.training.plots import write_curves
 from tea_rl.training.run_directory import (
@@ -52,6 +50,8 @@ _HEADLINES = (
     ("eval_reward_correlation", "Held-out rank correlation of reward and gain"),
     ("eval_loss", "Held-out cross-entropy"),
 )
+#: Longest prompt among the samples, in characters.
+_PROMPT_SHOWN = 240
 _TRAIN_METRICS = (
     ("reward", "Reward of the batch"),
     ("loss", "Loss"),
@@ -95,13 +95,7 @@ def write_report(run_path: str | Path) -> Path:
         _settings(recipe),
         _versions(manifest),
     ]
-    page = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(name)} - tea-rl</title><style>{STYLE}</style></head><body><main>"
-        + "\n".join(part for part in parts if part)
-        + "</main></body></html>\n"
-    )
+    page = html_page(name, parts)
     with disk_errors(f"write {run_path / REPORT_NAME}"):
         atomic_write_text(run_path / REPORT_NAME, page)
     return run_path / REPORT_NAME
@@ -134,11 +128,11 @@ def _header(
         key, label = next(pair for pair in _HEADLINES if pair[0] in evaluations[0])
         first, last = evaluations[0][key], evaluations[-1].get(key)
         begin = (
-            f'<span class="from">{_number(first)}</span><span class="arrow">&rarr;</span>'
+            f'<span class="from">{number(first)}</span><span class="arrow">&rarr;</span>'
             if len(evaluations) > 1
             else ""
         )
-        headline = f'<p class="headline"><span class="label">{label}</span>{begin}<span class="to">{_number(last)}</span></p>'
+        headline = f'<p class="headline"><span class="label">{label}</span>{begin}<span class="to">{number(last)}</span></p>'
     description = (
         f'<p class="description">{escape(recipe["description"])}</p>' if recipe.get("description") else ""
     )
@@ -176,15 +170,26 @@ def _sample(row: dict[str, Any]) -> str:
     base, trained = row.get("base_reward"), row.get("trained_reward")
     better = isinstance(base, int | float) and isinstance(trained, int | float) and trained > base
     return (
-        f'<tr><td class="prompt">{escape(str(row.get("prompt", "")))}</td>'
+        f'<tr><td class="prompt">{escape(_asked(str(row.get("prompt", "")).strip()))}</td>'
         f"<td>{_badge(base, False)}{escape(str(row.get('base', '')).strip())}</td>"
         f"<td>{_badge(trained, better)}{escape(str(row.get('trained', '')).strip())}</td></tr>"
     )
 
 
+def _asked(prompt: str) -> str:
+    """What a prompt asks: of a long one, such as one behind worked examples, its last paragraph or last words."""
+    if len(prompt) <= _PROMPT_SHOWN:
+        return prompt
+    last = prompt.rpartition("\n\n")[2].strip()
+    if not 0 < len(last) <= _PROMPT_SHOWN:
+        _, line, rest = prompt[-_PROMPT_SHOWN:].partition("\n")
+        last = rest if line and rest else prompt[-_PROMPT_SHOWN:]
+    return f"...\n{last}"
+
+
 def _badge(reward: Any, better: bool) -> str:
     known = isinstance(reward, int | float) and math.isfinite(reward)
-    text = f"{reward:.2f}" if known else _number(reward)
+    text = f"{reward:.2f}" if known else number(reward)
     return f'<span class="badge{" better" if better else ""}">{text}</span>'
 
 
@@ -221,61 +226,21 @@ def _first_last(rows: list[dict[str, Any]], key: str) -> str:
     first, last = rows[0].get(key), rows[-1].get(key)
     change = ""
     if isinstance(first, int | float) and isinstance(last, int | float) and math.isfinite(last - first):
-        change = ("+" if last >= first else "") + _number(last - first)
-    return "".join(f'<td class="number">{text}</td>' for text in (_number(first), _number(last), change))
+        change = ("+" if last >= first else "") + number(last - first)
+    return "".join(f'<td class="number">{text}</td>' for text in (number(first), number(last), change))
 
 
 def _settings(recipe: dict[str, Any]) -> str:
-    groups = {name: value for name, value in recipe.items() if name not in ("name", "description")}
-    blocks = "".join(
-        f"<div class='group'><h3>{escape(name)}</h3>{_pairs(_flatten(value))}</div>"
-        for name, value in groups.items()
-    )
-    return f'<section><h2>Settings</h2><div class="groups">{blocks}</div></section>' if groups else ""
+    groups = setting_groups({n: value for n, value in recipe.items() if n not in ("name", "description")})
+    return f"<section><h2>Settings</h2>{groups}</section>" if groups else ""
 
 
 def _versions(manifest: dict[str, Any]) -> str:
     return (
-        f'<section><h2>Versions</h2><div class="wide">{_pairs(_flatten(manifest))}</div></section>'
+        f'<section><h2>Versions</h2><div class="wide">{pairs(flatten(manifest))}</div></section>'
         if manifest
         else ""
     )
-
-
-def _pairs(pairs: Iterable[tuple[str, str]]) -> str:
-    rows = "".join(
-        f"<tr><td>{escape(key)}</td><td><code>{escape(value)}</code></td></tr>" for key, value in pairs
-    )
-    return f'<table class="pairs"><tbody>{rows}</tbody></table>'
-
-
-def _flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
-    """Nested settings as ``("a.b", "value")`` pairs; a long list of plain values is shortened."""
-    if isinstance(value, dict) and value:
-        return [
-            pair
-            for key, item in value.items()
-            for pair in _flatten(item, f"{prefix}.{key}" if prefix else str(key))
-        ]
-    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
-        return [
-            pair
-            for index, item in enumerate(value)
-            for pair in _flatten(item, f"{prefix}[{index}]".lstrip("."))
-        ]
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return [(prefix, text if len(text) <= 200 else text[:199] + "…")]
-
-
-def _number(value: Any) -> str:
-    """A number for people: two decimals or two significant digits, NaN as NaN, a missing one as a dash."""
-    if not isinstance(value, int | float):
-        return "&ndash;"
-    if not math.isfinite(value):
-        return "NaN" if math.isnan(value) else str(value)
-    if abs(value) >= 100:
-        return f"{value:.0f}"
-    return f"{value:.2f}" if abs(value) >= 0.095 or value == 0 else f"{value:.2g}"
 
 
 def _duration(seconds: float) -> str:

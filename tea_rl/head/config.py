@@ -90,6 +90,11 @@ class HeadConfig(BaseModel):
         False,
         description="Draw member widths from an exponential around hidden_sizes, never below a sixth of it.",
     )
+    gate: bool = Field(
+        False,
+        description="Let every member scale what it says by a learned gate of what it reads, so that it can keep silent where it "
+        "has nothing to correct.",
+    )
     aggregation: Literal["sum", "mean"] = Field("sum", description="How member corrections combine.")
     context: ContextConfig = Field(
         default_factory=ContextConfig, description="Running means that members also read; off by default."

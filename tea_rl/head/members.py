@@ -30,6 +30,8 @@ class PackedFeatures(nn.Module):
     * ``mlp``: ``SiLU(x W + b)``;
     * ``memory``: a lookup in learned keys and values, ``softmax((x W + b) . keys / sqrt(width)) @ values``.
 
+    With ``gate``, all outputs of a member are multiplied by ``2 sigmoid(x . w + v)`` of the same normalised features ``x``.
+
     With context on, a state is ``1 + num_means`` blocks of width ``D`` side by side (the hidden state, then the running
     means); each block has a normalisation and a feature subset of its own, lest one of larger scale drown the others.
 
@@ -88,6 +90,9 @@ class PackedFeatures(nn.Module):
                 self.values.append(nn.Parameter(torch.randn(shape, generator=rng) * mask))
             fan_in, packed_in = width, packed_out
         self.packed_width = sum(bias.shape[-1] for bias in self.biases)
+        if config.gate:
+            self.gate_weight = nn.Parameter(torch.zeros(num_members, num_features, 1))
+            self.gate_bias = nn.Parameter(torch.zeros(num_members, 1, 1))
         self.modulation = ReturnModulation(num_members, num_features) if config.return_conditioning else None
 
     def features(self, hidden_states: Tensor, returns: Tensor | None = None) -> Tensor:
@@ -97,7 +102,7 @@ class PackedFeatures(nn.Module):
             hidden_states ``(N, D * (1 + num_means))``; desired returns ``(N,)``, or ``()`` for all positions, of effect with
             ``return_conditioning`` only; returns ``(K, N, S)`` in float32.
         """
-        x = self._normalised(hidden_states.float())
+        x = normed = self._normalised(hidden_states.float())
         scale, shift = self.norm_scale, self.norm_shift
         if returns is not None and self.modulation is not None:
             gamma, beta = self.modulation(returns)
@@ -121,7 +126,11 @@ class PackedFeatures(nn.Module):
                 x = x * mask
             x = F.dropout(x, self.config.dropout, self.training)
             outputs.append(x)
-        return torch.cat(outputs, dim=-1)
+        features = torch.cat(outputs, dim=-1)
+        if not self.config.gate:
+            return features
+        # Twice the sigmoid: a fresh gate is 1 and changes nothing.
+        return features * (2.0 * torch.sigmoid(torch.baddbmm(self.gate_bias, normed, self.gate_weight)))
 
     def _look_up(self, layer: int, query: Tensor) -> Tensor:
         """Values under the softmax of the query against the keys; ``(K, N, width)`` both ways."""

@@ -38,21 +38,26 @@ class ReturnModulation(nn.Module):
         num_features: ``F``, features a member sees.
 
     Attributes:
-        mean, std: of the training returns, ``()``, saved with the weights; see `fit`.
+        mean, std, low, high: of the training returns, ``()``, saved with the weights; see `fit`. The last two are the least and
+            the greatest of them, NaN before `fit`.
         gain: ``G``, ``(K, P, 2 F)``, zero at first.
     """
 
     mean: Tensor
     std: Tensor
+    low: Tensor
+    high: Tensor
 
     def __init__(self, num_members: int, num_features: int) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(()))
         self.register_buffer("std", torch.ones(()))
+        self.register_buffer("low", torch.full((), torch.nan))
+        self.register_buffer("high", torch.full((), torch.nan))
         self.gain = nn.Parameter(torch.zeros(num_members, NUM_FEATURES, 2 * num_features))
 
     def fit(self, returns: Tensor) -> None:
-        """Take mean and standard deviation of the training returns; NaN (unknown) is passed over.
+        """Take mean, standard deviation and range of the training returns; NaN (unknown) is passed over.
 
         Raises:
             TeaError: if no return is known, or one is infinite.
@@ -68,6 +73,17 @@ class ReturnModulation(nn.Module):
         spread = known.std(correction=0)
         self.mean.copy_(known.mean())
         self.std.copy_(spread if float(spread) > 0.0 else torch.ones(()))
+        self.low.copy_(known.min())
+        self.high.copy_(known.max())
+
+    def beyond_training(self, value: float) -> str | None:
+        """A line about a return that lies outside those of the training; None if it does not, or there was none."""
+        low, high = float(self.low), float(self.high)
+        if not value < low and not value > high:  # NaN: nothing was seen
+            return None
+        return (
+            f"return {value:g} lies outside the {low:g} to {high:g} seen in training: the head extrapolates"
+        )
 
     def forward(self, returns: Tensor) -> tuple[Tensor, Tensor]:
         """``gamma`` and ``beta``.

@@ -88,6 +88,42 @@ def choice_logps(token_logps: Tensor, choice_of_token: Tensor, decision_of_choic
     return scores - _logsumexp(scores, decision_of_choice)[decision_of_choice]
 
 
+def choice_divergence(
+    name: str, token_logps: Tensor, base_logps: Tensor, choice_of_token: Tensor, decision_of_choice: Tensor
+) -> Tensor:
+    """Distance between the policies over choices of a head and of the original model, by its name in the recipe.
+
+    Those of `tea_rl.objectives.anchor.divergence`, with the choices for tokens; the logit of a choice is the sum of its tokens'
+    log-probabilities. Differentiable in ``token_logps``.
+
+    Shape:
+        token_logps and base_logps ``(N,)``; the others as for `choice_logps`; returns one number a decision, ``(Q,)``.
+
+    Raises:
+        ValueError: for another name.
+    """
+    own, base = (
+        choice_logps(logps, choice_of_token, decision_of_choice) for logps in (token_logps, base_logps)
+    )
+    sums = own.new_zeros(int(decision_of_choice.max()) + 1)
+    if name == "reverse_kl":
+        return sums.index_add(0, decision_of_choice, own.exp() * (own - base))
+    if name == "forward_kl":
+        return sums.index_add(0, decision_of_choice, base.exp() * (base - own))
+    if name != "logit_l1":
+        raise ValueError(f"unknown divergence {name!r}; expected reverse_kl, forward_kl or logit_l1")
+    logits, base_logits = (
+        own.new_zeros(len(decision_of_choice)).index_add(0, choice_of_token, logps)
+        for logps in (token_logps, base_logps)
+    )
+    count = sums.index_add(0, decision_of_choice, torch.ones_like(own))
+    mean = sums.index_add(0, decision_of_choice, base_logits) / count
+    squares = (base_logits - mean[decision_of_choice]) ** 2
+    # A choice without alternatives has no spread.
+    spread = (sums.index_add(0, decision_of_choice, squares) / (count - 1).clamp(min=1)).sqrt()
+    return sums.index_add(0, decision_of_choice, (logits - base_logits).abs()) / count / (spread + 1.0)
+
+
 def _logsumexp(scores: Tensor, group: Tensor) -> Tensor:
     count = int(group.max()) + 1 if len(group) else 0
     best = scores.detach().new_full((count,), -torch.inf)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 #: Longest single wait in seconds. The patience with a call is counted in such slices, so that a process that was
 #: suspended for a while does not find its environments late.
 _SLICE = 0.1
+#: Seconds that making an environment may take: some generate their games first.
+MAKING = 300.0
 #: Longest reason that is kept of a failure, in characters.
 _REASON = 200
 
@@ -31,6 +33,7 @@ class Reply:
         reward: of this step; 0 after a reset.
         terminated, truncated: as the environment says.
         invalid: the environment did not understand the action (``info["invalid"]``).
+        parsed: the action as it understood it (``info["parsed"]``), as text.
         info: as the environment says.
         failed: why this is no answer, or None.
     """
@@ -40,6 +43,7 @@ class Reply:
     terminated: bool = False
     truncated: bool = False
     invalid: bool = False
+    parsed: str | None = None
     info: dict[str, Any] = field(default_factory=dict)
     failed: str | None = None
 
@@ -51,18 +55,24 @@ class Seat:
 
     Args:
         make_env: makes the environment; called at once, and waited for.
+        patience: seconds to wait.
 
     Raises:
         TeaError: as ``make_env`` raised it.
+        TimeoutError: it takes longer.
         Exception: anything else that ``make_env`` raised.
     """
 
-    def __init__(self, make_env: Callable[[], gymnasium.Env]) -> None:
+    def __init__(self, make_env: Callable[[], gymnasium.Env], patience: float = MAKING) -> None:
         self._calls: SimpleQueue[tuple[Callable[[], Any], Future] | None] = SimpleQueue()
         threading.Thread(target=self._work, daemon=True, name="tea-rl environment").start()
         self.pending: Future | None = None
         try:
-            self._env: gymnasium.Env = self._call(make_env).result()
+            made = self._call(make_env)
+            _wait([made], patience)
+            if not made.done():
+                raise TimeoutError(f"it is not there after {patience:g} seconds")
+            self._env: gymnasium.Env = made.result()
         except BaseException:
             self._calls.put(None)
             raise
@@ -96,23 +106,27 @@ class Seat:
 
 
 def collect(seats: Sequence[Seat], timeout: float) -> list[Reply]:
-    """Wait for every seat's answer, for ``timeout`` seconds altogether; one that is still out then has failed."""
+    """Wait for every seat's answer; those that are out when none has come for ``timeout`` seconds have failed.
+
+    Environments that wait for one another, as those of libraries with a lock do, are not late while they get on.
+    """
     futures = [seat.pending for seat in seats if seat.pending is not None]
     _wait(futures, timeout)
     return [_reply(future, timeout) for future in futures]
 
 
 def close(seats: Sequence[Seat], timeout: float) -> None:
-    """Close the environments, waiting ``timeout`` seconds altogether."""
+    """Close the environments, waiting as `collect` does."""
     _wait([seat.leave() for seat in seats], timeout)
 
 
 def _wait(futures: Sequence[Future], timeout: float) -> None:
+    """Until all are done, or none has been for ``timeout`` seconds."""
     waited, pending = 0.0, set(futures)
     while pending and waited < timeout:
         some = min(_SLICE, timeout - waited)
-        pending = wait(pending, timeout=some).not_done
-        waited += some
+        done, pending = wait(pending, timeout=some)
+        waited = 0.0 if done else waited + some
 
 
 def _reply(future: Future, timeout: float) -> Reply:
@@ -128,7 +142,8 @@ def _reply(future: Future, timeout: float) -> Reply:
 
 def describe(error: BaseException) -> str:
     """An exception in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:_REASON]
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"[:_REASON]
+    return text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair could not be logged
 
 
 class _BadReply(Exception):
@@ -151,7 +166,10 @@ def _next_reply(answer: Any) -> Reply:
         raise _BadReply(f"the reward must be finite, got {reward}")
     info = _info(info)
     over, cut, invalid = (_flag(value) for value in (terminated, truncated, info.get("invalid", False)))
-    return Reply(_text(observation), reward, over, cut, invalid, info)
+    parsed = info.get("parsed")
+    return Reply(
+        _text(observation), reward, over, cut, invalid, None if parsed is None else str(parsed), info
+    )
 
 
 def _parts(answer: Any, count: int, what: str) -> tuple[Any, ...]:

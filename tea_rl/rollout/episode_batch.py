@@ -83,6 +83,7 @@ class Turn:
         reward: of this turn.
         terminated, truncated: as the environment said after it.
         invalid: the environment did not understand the answer (``info["invalid"]``).
+        parsed: the answer as the environment understood it (``info["parsed"]``), where it says so.
         finished: the model ended the turn itself (else: ``max_new_tokens``); True for a choice.
     """
 
@@ -94,6 +95,7 @@ class Turn:
     terminated: bool = False
     truncated: bool = False
     invalid: bool = False
+    parsed: str | None = None
     finished: bool = True
 
 

@@ -183,7 +183,7 @@ class _Run:
         for live, reply in zip(acted, replies, strict=True):
             if reply.failed is None:
                 turn = live.turns[-1]
-                turn.reward, turn.invalid = reply.reward, reply.invalid
+                turn.reward, turn.invalid, turn.parsed = reply.reward, reply.invalid, reply.parsed
                 turn.terminated, turn.truncated = reply.terminated, reply.truncated
             if reply.terminated:
                 live.hear([], reply.observation, reply.info)

@@ -43,6 +43,7 @@ def load_head_for(store: StateStore, folder: str | Path) -> TeaHead:
     head = store.make_head(head_config)
     load_weights(head, Path(folder) / WEIGHTS_NAME)
     head.strength = config["strength"]
+    head.set_return(config["asked_return"])
     return head.eval()
 
 

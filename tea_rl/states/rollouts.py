@@ -1,4 +1,4 @@
-"""Sampled completions to a state store: what an online run would generate, kept for training without generating."""
+"""Rollouts to a state store: what an online run would generate or play, kept for training without generating."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -27,6 +28,9 @@ from tea_rl.states.writer import SHARD_TOKENS, StoreWriter
 from tea_rl.training.progress import Listener
 from tea_rl.training.seeding import prompts_of_step, seed_step
 
+if TYPE_CHECKING:
+    from tea_rl.states.episode_rows import EpisodeSource
+
 
 def write_rollouts(
     recipe: Recipe,
@@ -38,17 +42,18 @@ def write_rollouts(
     backbone: Backbone | None = None,
     shard_tokens: int = SHARD_TOKENS,
 ) -> StateStore:
-    """Generate and score completions of a recipe's training prompts, as its online run would, and store them.
+    """Generate completions of a recipe's training prompts, or play its environment, as its online run would, and store that.
 
-    Step ``s`` has the prompts and the random numbers of step ``s`` in training; the policy stays the same throughout.
+    Step ``s`` has the prompts (starts) and the random numbers of step ``s`` in training; the policy stays the same throughout.
+    Of an episode every turn is a row, see `tea_rl.states.episode_rows`.
     Killed and called again, it goes on after what was on disk, at most about half a minute of work earlier, and ends with
     the same bytes; a damaged store is mended in the same way, and rewards that `relabel` put in force stay.
 
     Args:
-        recipe: an online recipe with prompts, rewards and rollout settings.
+        recipe: an online recipe, with prompts and rewards or with an environment.
         output: folder of the store.
         steps: how many; ``train.max_steps`` if None.
-        listener: hears of progress, in completions.
+        listener: hears of progress, in completions or episodes.
         head: folder of a saved head to sample from; None samples from the original model.
         backbone: already loaded; None loads the recipe's.
         shard_tokens: when a shard is closed.
@@ -56,60 +61,127 @@ def write_rollouts(
     Raises:
         TeaError: for every mistake a user can mend.
     """
-    from tea_rl.training.online import decode_settings, prepare_prompts
-
     listener = listener or Listener()
-    if recipe.offline:
-        raise TeaError(
-            f"a rollout needs data.prompts to generate from, which recipe {recipe.name} does not set; for labelled rows use "
-            "tea-rl embed"
-        )
-    if recipe.env.id is not None:
-        raise TeaError(
-            f"a rollout stores completions of data.prompts, but recipe {recipe.name} plays {recipe.env.id}, and episodes of "
-            "several turns cannot be stored yet; learn in the environment with tea-rl train"
-        )
+    source = _source(recipe)
     if recipe.train.num_threads is not None:
         torch.set_num_threads(recipe.train.num_threads)
-    rewards = load_rewards(recipe.rewards, recipe.base_dir)
-    if backbone is None:
-        listener.on_note(f"loading {recipe.model.name_or_path}")
-        backbone = load_backbone(**recipe.model.model_dump(), notify=listener.on_note)
-    prompts, held_out = prepare_prompts(recipe, backbone)
+    backbone = backbone or _load(recipe, listener)
     policy = _policy(recipe, backbone, head)
-    steps = recipe.train.max_steps if steps is None else steps
-    settings = decode_settings(recipe, recipe.rollout.num_generations)
-    per_step = min(recipe.rollout.prompts_per_step, len(prompts))
-    rows_per_step = per_step * settings.num_generations
-    digest = data_digest(prompts.prompts, held_out.prompts)
-    header = make_header(recipe, backbone, "rollout", _source_digest(recipe, policy, digest, shard_tokens))
+    source.prepare(backbone, policy)
+    steps = steps or recipe.train.max_steps
+    digest = _source_digest(recipe, policy, source.digest, shard_tokens)
+    header = make_header(recipe, backbone, "rollout", digest)
     labeller = TokenLabeller.for_backbone(backbone, header.shortlist_size, header.temperature)
     with StoreWriter.create_or_continue(output, header, backbone.reference, shard_tokens) as writer:
-        done, total = writer.num_rows // rows_per_step, steps * rows_per_step
-        was = writer.final_rows
-        if writer.num_rows > total or was not in (None, total):
-            there = (writer.num_rows if was is None else was) // rows_per_step
-            what = "the beginning" if was is None else "a complete store"
-            advice = f"give --steps {there}" + (" or more" if was is None else "")
-            raise TeaError(
-                f"{output} holds {what} of {there} steps, got {steps}; {advice}, or choose another folder with --output"
-            )
+        done, total = source.steps_done(writer), steps * source.per_step
+        _check_steps(writer, done, steps)
         if writer.complete:
             listener.on_note(f"{output} is complete already")
             return StateStore.open(output, verify=False)
         if done:
             listener.on_note(f"continuing after {done} of {steps} steps")
-        listener.on_progress(done * rows_per_step, total, "completions")
+        listener.on_progress(done * source.per_step, total, source.unit)
         for step in range(done + 1, steps + 1):
-            seed_step(recipe.train.seed, step)  # for rewards that draw random numbers of their own
-            chosen = prompts_of_step(recipe.train.seed, step, len(prompts), per_step)
-            part = prompts.take(chosen)
-            generated = generate(backbone, policy, part.token_ids, settings, seed=(recipe.train.seed, step))
-            rows = _stored_rows(part, chosen, generated, rewards)
-            writer.append(rows, _stored_tokens(generated, labeller))
-            listener.on_progress(step * rows_per_step, total, "completions")
-        writer.finish({"steps": steps, "rows": total})
+            seed_step(recipe.train.seed, step)  # for those that draw from the global streams
+            rows, tokens = source.sample(step)
+            if rows:
+                writer.append(rows, _stored_tokens(tokens, len(rows), labeller))
+            listener.on_progress(step * source.per_step, total, source.unit)
+        writer.finish({"steps": steps, **source.notes(steps)})
+        if (remark := source.remark()) is not None:
+            listener.on_note(remark)
     return StateStore.open(output, verify=False)
+
+
+def _load(recipe: Recipe, listener: Listener) -> Backbone:
+    listener.on_note(f"loading {recipe.model.name_or_path}")
+    return load_backbone(**recipe.model.model_dump(), notify=listener.on_note)
+
+
+def _check_steps(writer: StoreWriter, done: int, steps: int) -> None:
+    """Refuse another number of steps than a complete store has, and fewer than one holds that was not finished.
+
+    Raises:
+        TeaError: naming the number it takes.
+    """
+    was = None if writer.final_rows is None else writer.manifest.notes["steps"]
+    if done > steps or was not in (None, steps):
+        there = done if was is None else was
+        what = "the beginning" if was is None else "a complete store"
+        advice = f"give --steps {there}" + (" or more" if was is None else "")
+        raise TeaError(
+            f"{writer.path} holds {what} of {there} steps, got {steps}; {advice}, or choose another folder with --output"
+        )
+
+
+def _source(recipe: Recipe) -> PromptSource | EpisodeSource:
+    """Mistakes in rewards and environments show here, before a model is loaded."""
+    if recipe.offline:
+        raise TeaError(
+            f"a rollout needs data.prompts or env.id to generate from, which recipe {recipe.name} does not set; for labelled "
+            "rows use tea-rl embed"
+        )
+    if recipe.env.id is None:
+        return PromptSource(recipe)
+    from tea_rl.states.episode_rows import EpisodeSource
+
+    return EpisodeSource(recipe)
+
+
+class PromptSource:
+    """Completions of a recipe's training prompts, step by step, as its online run would sample them first.
+
+    Args:
+        recipe: one with prompts and rewards.
+
+    Attributes:
+        unit: what is counted.
+        per_step: completions in a step, after `prepare`.
+        digest: of the prompts, after `prepare`.
+
+    Raises:
+        TeaError: for a reward that cannot be loaded.
+    """
+
+    unit = "completions"
+    per_step: int
+    digest: str
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self._rewards = load_rewards(recipe.rewards, recipe.base_dir)
+
+    def prepare(self, backbone: Backbone, head: TeaHead) -> None:
+        """Tokenise the prompts, and take the model that samples."""
+        from tea_rl.training.online import decode_settings, prepare_prompts
+
+        rollout = self.recipe.rollout
+        self._backbone, self._head = backbone, head
+        self._prompts, held_out = prepare_prompts(self.recipe, backbone)
+        self._settings = decode_settings(self.recipe, rollout.num_generations)
+        self._num_prompts = min(rollout.prompts_per_step, len(self._prompts))
+        self.per_step = self._num_prompts * rollout.num_generations
+        self.digest = data_digest(self._prompts.prompts, held_out.prompts)
+
+    def steps_done(self, writer: StoreWriter) -> int:
+        """Steps that are on disk."""
+        return writer.num_rows // self.per_step
+
+    def sample(self, step: int) -> tuple[list[StoredRow], TokenBatch]:
+        """The rows of a step (from 1) and their tokens."""
+        seed = self.recipe.train.seed
+        chosen = prompts_of_step(seed, step, len(self._prompts), self._num_prompts)
+        part = self._prompts.take(chosen)
+        generated = generate(self._backbone, self._head, part.token_ids, self._settings, seed=(seed, step))
+        return _stored_rows(part, chosen, generated, self._rewards), generated.tokens
+
+    def notes(self, steps: int) -> dict[str, int]:
+        """What the store is to remember."""
+        return {"rows": steps * self.per_step}
+
+    def remark(self) -> str | None:
+        """Every completion leaves a row, so there is nothing to tell."""
+        return None
 
 
 def _policy(recipe: Recipe, backbone: Backbone, folder: str | Path | None) -> TeaHead:
@@ -148,12 +220,12 @@ def _stored_rows(
     return rows
 
 
-def _stored_tokens(generated: Rollout, labeller: TokenLabeller) -> TokenBatch:
+def _stored_tokens(tokens: TokenBatch, num_rows: int, labeller: TokenLabeller) -> TokenBatch:
     """The rollout's records; heads without a shortlist, or with another one, get the store's. Behaviour stays as sampled."""
-    tokens = generated.tokens
     if tokens.shortlist is not None and tokens.shortlist.ids.shape[1] == labeller.shortlist_size:
         return tokens
-    labelled = labeller.label(tokens.states, tokens.actions, generated.lengths.tolist())
+    lengths = torch.bincount(tokens.rows, minlength=num_rows).tolist()
+    labelled = labeller.label(tokens.states, tokens.actions, lengths)
     return replace(labelled, logps=tokens.logps)
 
 
@@ -165,10 +237,11 @@ def _source_digest(recipe: Recipe, head: TeaHead, data: str, shard_tokens: int) 
         "rollout": recipe.rollout.model_dump(),
         "head": head.config.model_dump(),
         "strength": head.strength,
+        "return": None if head.asked_return is None else head.asked_return.tolist(),
         "seed": recipe.train.seed,
         "shard_tokens": shard_tokens,
     }
     sha = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(head.head_state().items()):
-        sha.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        sha.update(name.encode() + tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()

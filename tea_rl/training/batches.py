@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 #: Streams of random numbers, apart from those of `tea_rl.training.seeding`.
-_ROWS, _TOKENS, _UNITS = 11, 12, 13
+_ROWS, _TOKENS, _UNITS, _RETURNS = 11, 12, 13, 14
 #: Tokens are shuffled within windows of about this many, whose rows are shuffled over the whole data: memory does not
 #: grow with the data, and no minibatch sees neighbours.
 WINDOW_TOKENS = 65536
@@ -85,3 +85,29 @@ class RowPlan:
             self._order = np.random.default_rng([self.seed, _UNITS, epoch]).permutation(len(self.units))
         first, last = (part * len(self.units) // self.steps_per_epoch for part in (place, place + 1))
         return self.units[self._order[first:last]].flatten()
+
+
+class ReturnPlan:
+    """Which return each token of a step is shown: that of its row, hidden in a share of the rows, drawn anew at each step.
+
+    Args:
+        known: return of each row of the store, NaN where it is unknown, ``(rows,)``.
+        hidden: share of rows whose return is hidden.
+        seed: of the draws.
+    """
+
+    def __init__(self, known: np.ndarray, hidden: float, seed: int) -> None:
+        self.known, self.hidden, self.seed = known.astype(np.float32), hidden, seed
+
+    def __call__(self, step: int, rows: np.ndarray, at: np.ndarray, num_anchor: int) -> np.ndarray:
+        """Returns of the tokens of a step (from 1), then those of ``num_anchor`` tokens of ordinary text, float32.
+
+        Ordinary text has no return. It is shown those of the step's rows, so that the head stays close to the original model on
+        it whatever is asked.
+
+        Shape:
+            rows ``(R,)``; ``at``, each token's place in them, ``(N,)``; returns ``(N + num_anchor,)``.
+        """
+        random = np.random.default_rng([self.seed, _RETURNS, step])
+        shown = np.where(random.random(len(rows)) < self.hidden, np.float32(np.nan), self.known[rows])
+        return np.concatenate([shown[at], random.choice(shown, num_anchor)])

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from tea_rl.errors import TeaError
-from tea_rl.evaluation.episodes import evaluate_episodes, mean_return, rollout_metrics, scores_without_skill
+from tea_rl.evaluation.episodes import (
+    EpisodeSample,
+    evaluate_episodes,
+    mean_return,
+    rollout_metrics,
+    scores_without_skill,
+)
+from tea_rl.evaluation.evaluate import Sample
 from tea_rl.objectives.credit import discounted_returns, gae, turn_advantages
 from tea_rl.recipe import EnvConfig, Recipe
 from tea_rl.rollout.conversation import ConversationFormat
@@ -28,6 +35,7 @@ from tea_rl.training.learner import UpdateReport
 from tea_rl.training.progress import Listener
 from tea_rl.training.run_directory import RunDirectory
 from tea_rl.training.seeding import prompts_of_step, seed_step
+from tea_rl.training.turn_learner import TurnLearner
 
 if TYPE_CHECKING:
     import gymnasium
@@ -40,6 +48,7 @@ def environment_maker(env: EnvConfig) -> Any:
         TeaError: unknown id, settings or wrappers it refuses, or a package that is missing.
     """
     from tea_rl.envs import make_env
+    from tea_rl.rollout.environments import close, make_seat
 
     assert env.id is not None
     name, kwargs = env.id, env.kwargs
@@ -48,13 +57,40 @@ def environment_maker(env: EnvConfig) -> Any:
     def make() -> gymnasium.Env[str, str]:
         return make_env(name, kwargs, wrappers)
 
-    make().close()
+    seat = make_seat(make)  # with an end to the patience, as later
+    if isinstance(seat, str):
+        raise TeaError(f"{name}: {seat}; mend it")
+    close([seat], env.step_timeout)
     return make
 
 
 def held_out_starts(env: EnvConfig) -> list[int]:
     """Indices of the held-out starts: those behind the ones trained on, for environments count theirs round."""
     return list(range(env.num_starts, env.num_starts + env.eval_starts))
+
+
+def chooses_admissible(env: EnvConfig) -> bool:
+    """Whether listed answers are scored: it is set, or the wrapper that is made for it says so."""
+    return env.choose_admissible or any(wrapper.name == "admissible_actions" for wrapper in env.wrappers)
+
+
+def starts_of_step(recipe: Recipe, step: int) -> list[EpisodeStart]:
+    """The episodes of a step (from 1): every training start comes once before any comes twice."""
+    rollout = recipe.rollout
+    per_step = min(rollout.prompts_per_step, recipe.env.num_starts)
+    chosen = prompts_of_step(recipe.train.seed, step, recipe.env.num_starts, per_step)
+    return [EpisodeStart(index, number) for index in chosen for number in range(rollout.num_generations)]
+
+
+def nothing_played(batch: EpisodeBatch, recipe: Recipe) -> TeaError:
+    """Why a whole step left nothing to learn from."""
+    failures = [episode.failed for episode in batch.episodes if episode.failed is not None]
+    return TeaError(
+        f"every episode of {recipe.env.id} failed ({failures[0]}); mend the environment"
+        if failures
+        else f"no first turn of {recipe.env.id} fits into the context; raise env.max_context, or lower "
+        "rollout.max_completion_length"
+    )
 
 
 def episode_settings(recipe: Recipe) -> EpisodeSettings:
@@ -70,13 +106,16 @@ def episode_settings(recipe: Recipe) -> EpisodeSettings:
         conversation=ConversationFormat(
             env.format, env.system, env.user, env.assistant_end, env.choice_prefix
         ),
-        choose_admissible=env.choose_admissible,
+        choose_admissible=chooses_admissible(env),
         step_timeout=env.step_timeout,
     )
 
 
 class EpisodeTrainer(GeneratingLoop):
     """A run in an environment; `tea_rl.training.online.train` is the usual way in."""
+
+    learner: TurnLearner
+    learner_class = TurnLearner
 
     def __init__(self, recipe: Recipe, run: RunDirectory, listener: Listener, resume: bool) -> None:
         super().__init__(recipe, run, listener, resume)
@@ -88,7 +127,7 @@ class EpisodeTrainer(GeneratingLoop):
                 f"{recipe.env.num_starts}; lower the one or raise the other"
             )
         if recipe.env.expert.episodes:
-            check_expert(self.make_env, recipe.env.expert.episodes)
+            check_expert(self.make_env, self.settings, recipe.env)
         self._load_backbone()
         self._measured_base = False
         digest = hashlib.sha256(json.dumps(recipe.env.model_dump(), sort_keys=True).encode()).hexdigest()
@@ -105,8 +144,9 @@ class EpisodeTrainer(GeneratingLoop):
         if expert.episodes:
             self.listener.on_note(f"imitating {expert.episodes} expert episodes")
             seed_step(self.recipe.train.seed, 0)
-            loss = imitate(self.backbone, self.head, self.make_env, self.settings, self.recipe)
-            self.listener.on_note(f"imitated: cross-entropy {loss:.3f} nats a token in the last pass")
+            notify = self.listener.on_note
+            loss = imitate(self.backbone, self.head, self.make_env, self.settings, self.recipe, notify)
+            notify(f"imitated: cross-entropy {loss:.3f} nats a token in the last pass")
             self._evaluate(0, imitated=True)
         return first
 
@@ -114,14 +154,7 @@ class EpisodeTrainer(GeneratingLoop):
         """Play, credit, update."""
         recipe, started = self.recipe, time.perf_counter()
         generator = seed_step(recipe.train.seed, step)
-        chosen = prompts_of_step(
-            recipe.train.seed, step, recipe.env.num_starts, recipe.rollout.prompts_per_step
-        )
-        starts = [
-            EpisodeStart(index, number)
-            for index in chosen
-            for number in range(recipe.rollout.num_generations)
-        ]
+        starts = starts_of_step(recipe, step)
         batch = run_episodes(
             self.backbone, self.head, self.make_env, starts, self.settings, (recipe.train.seed, step)
         )
@@ -191,17 +224,9 @@ class EpisodeTrainer(GeneratingLoop):
             learning_rate = self.learner.learning_rate
             self.learner.end_step()
             return UpdateReport(0.0, 0.0, 0.0, learning_rate, self.learner.skipped_steps)
-        if batch.choices is not None:
-            return self.learner.update_choices(batch.choices, advantage[batch.choices.turns], generator)
-        if not len(batch.tokens):
-            failures = [episode.failed for episode in batch.episodes if episode.failed is not None]
-            raise TeaError(
-                f"every episode of {self.recipe.env.id} failed ({failures[0]}); mend the environment"
-                if failures
-                else f"no first turn of {self.recipe.env.id} fits into the context; raise env.max_context, or lower "
-                "rollout.max_completion_length"
-            )
-        return self.learner.update(batch.tokens, advantage[batch.tokens.rows], generator)
+        if not played:
+            raise nothing_played(batch, self.recipe)
+        return self.learner.update_turns(batch.tokens, batch.choices, advantage, generator)
 
     def _evaluate(self, step: int, record: bool = True, imitated: bool = False) -> None:
         """Held-out starts; at step 0 of the original model, then of the head that has imitated the expert."""
@@ -226,7 +251,7 @@ class EpisodeTrainer(GeneratingLoop):
         elif step == 0:
             self._measured_base = True
             self.base_samples = result.samples[: recipe.train.sample_prompts]
-            row.update(scores_without_skill(self.make_env, starts, self.listener.on_note))
+            row.update(scores_without_skill(self.make_env, starts, self.listener.on_note, self.settings))
         if record:
             self._record(step, row, result)
         self.listener.on_evaluation(row)
@@ -240,6 +265,14 @@ class EpisodeTrainer(GeneratingLoop):
         super()._load_state(state, folder)
         if self.critic is not None:
             self.critic.load(folder / "value")
+
+    def _more_of_samples(self, base: Sample, trained: Sample) -> dict[str, Any]:
+        sides = (("base", base), ("trained", trained))
+        return {f"{name}_episode": side.episode for name, side in sides if isinstance(side, EpisodeSample)}
+
+    def _stored_base_sample(self, row: dict[str, Any]) -> Sample:
+        sample = super()._stored_base_sample(row)
+        return EpisodeSample(**vars(sample), episode=row["base_episode"]) if "base_episode" in row else sample
 
     def _finish(self) -> None:
         super()._finish()

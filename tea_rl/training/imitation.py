@@ -14,10 +14,11 @@ from tea_rl.head.context import ContextState
 from tea_rl.head.layer import AUTO_SHORTLIST_SIZE, TeaHead
 from tea_rl.objectives.anchor import anchored_loss
 from tea_rl.objectives.supervised import cross_entropy
-from tea_rl.recipe import Recipe
+from tea_rl.recipe import EnvConfig, Recipe
 from tea_rl.rollout.conversation import Conversation
 from tea_rl.rollout.environments import describe
 from tea_rl.rollout.episode_batch import EpisodeSettings
+from tea_rl.rollout.scripted import ScriptedEpisode, ScriptedPlay
 from tea_rl.rollout.trajectory import TokenBatch
 from tea_rl.states.embed import plan_batches
 from tea_rl.states.labelling import TokenLabeller
@@ -33,8 +34,16 @@ def imitate(
     make_env: Callable[[], gymnasium.Env[str, str]],
     settings: EpisodeSettings,
     recipe: Recipe,
+    notify: Callable[[str], None],
 ) -> float:
     """Play the expert's episodes, read them once, and train on its answers by cross-entropy.
+
+    Args:
+        backbone, head: what learns.
+        make_env: makes one environment.
+        settings: how episodes are played.
+        recipe: gives the number of episodes, and how to learn.
+        notify: hears of episodes that are left out.
 
     Returns:
         cross-entropy of the last pass, nats a token.
@@ -43,14 +52,9 @@ def imitate(
         TeaError: if no expert's episode can be imitated.
     """
     expert = recipe.env.expert
+    conversation = Conversation(backbone.tokenizer, settings.conversation)
     context = settings.max_context or backbone.max_length
-    conversations = expert_conversations(
-        make_env,
-        Conversation(backbone.tokenizer, settings.conversation),
-        expert.episodes,
-        settings.max_turns,
-        context,
-    )
+    conversations = expert_conversations(make_env, conversation, settings, recipe.env, context, notify)
     tokens = _answers(backbone, head, conversations, settings.temperature)
     size = recipe.objective.minibatch_tokens
     steps_per_epoch = max(1, round(len(tokens) / size))
@@ -72,92 +76,94 @@ def imitate(
     return sum(last) / len(last)
 
 
-def check_expert(make_env: Callable[[], gymnasium.Env[str, str]], episodes: int) -> None:
+def check_expert(
+    make_env: Callable[[], gymnasium.Env[str, str]], settings: EpisodeSettings, env: EnvConfig
+) -> None:
     """Refuse an environment without an expert, before a model is loaded.
 
     Raises:
         TeaError: it has none at start 0.
     """
-    env = make_env()
-    try:
-        _, info = env.reset(seed=0, options={"index": 0})
-    except Exception:  # that start may be the one that fails
-        return
-    finally:
-        env.close()
-    _expert_of(env, info, episodes)
+
+    def look(info: dict[str, Any]) -> None:
+        _expert_of(env, info)
+
+    with _scripted(make_env, settings) as scripted:
+        scripted.play(look, [0])  # should that start fail, another may not
 
 
 def expert_conversations(
     make_env: Callable[[], gymnasium.Env[str, str]],
     conversation: Conversation,
-    episodes: int,
-    max_turns: int,
+    settings: EpisodeSettings,
+    env: EnvConfig,
     max_tokens: int,
+    notify: Callable[[str], None],
 ) -> list[tuple[list[int], list[bool]]]:
     """Token ids of the expert's episodes at starts 0, 1, ... and which of them it said; cut behind the last answer that fits.
 
-    An episode whose environment fails is left out.
+    An episode whose environment fails is left out, which ``notify`` hears of.
 
     Raises:
         TeaError: if the environment has no expert, fails at every start, or leaves no room for any answer.
     """
-    found, failure = [], None
-    env = make_env()
-    try:
-        for index in range(episodes):
-            try:
-                ids, said = _expert_episode(env, conversation, index, episodes, max_turns, max_tokens)
-            except TeaError:
-                raise
-            except Exception as error:
-                failure = describe(error)
-                continue
-            if any(said):
-                found.append((ids, said))
-    finally:
-        env.close()
+    episodes = env.expert.episodes
+    with _scripted(make_env, settings) as scripted:
+        played = scripted.play(lambda info: _expert_of(env, info), range(episodes))
+    failures = [episode.failed for episode in played if episode.failed is not None]
+    found = []
+    for episode in played:
+        if episode.failed is not None:
+            continue
+        try:
+            ids, said = _conversation(conversation, episode, max_tokens)
+        except TeaError:
+            raise
+        except Exception as error:
+            failures.append(f"what it says cannot be tokenised: {describe(error)}")
+            continue
+        if any(said):
+            found.append((ids, said))
     if not found:
-        reason = failure or f"no answer fits into {max_tokens} tokens"
+        reason = failures[0] if failures else f"no answer fits into {max_tokens} tokens"
         raise TeaError(
             f"none of {episodes} expert episodes can be imitated ({reason}); mend that, or set env.expert.episodes to 0"
         )
+    if failures:
+        notify(f"{len(failures)} of {episodes} expert episodes failed and are left out ({failures[0]})")
     return found
 
 
-def _expert_episode(
-    env: gymnasium.Env[str, str],
-    conversation: Conversation,
-    index: int,
-    episodes: int,
-    max_turns: int,
-    max_tokens: int,
+def _scripted(make_env: Callable[[], gymnasium.Env[str, str]], settings: EpisodeSettings) -> ScriptedPlay:
+    return ScriptedPlay(make_env, settings.num_parallel, settings.max_turns, settings.step_timeout)
+
+
+def _expert_of(env: EnvConfig, info: dict[str, Any]) -> str:
+    answer = info.get("expert")
+    if answer is None:
+        raise TeaError(
+            f"env.expert.episodes is {env.expert.episodes}, but {env.id} has no expert; set it to 0"
+        )
+    return str(answer)
+
+
+def _conversation(
+    conversation: Conversation, episode: ScriptedEpisode, max_tokens: int
 ) -> tuple[list[int], list[bool]]:
-    observation, info = env.reset(seed=index, options={"index": index})
-    ids = conversation.first(observation)
-    said = [False] * len(ids)
+    """An episode as token ids, and which of them are answers."""
+    ids: list[int] = []
+    said: list[bool] = []
     end = 0
-    for _ in range(max_turns):
-        words = _expert_of(env, info, episodes)
+    answer: list[int] = []
+    for number, (observation, words, _) in enumerate(episode.turns):
+        heard = conversation.following(answer, observation) if number else conversation.first(observation)
         answer = conversation.choice(words)
+        ids, said = [*ids, *heard], [*said, *[False] * len(heard)]
         if len(ids) + len(answer) > max_tokens:
             break
         ids, said = [*ids, *answer], [*said, *[True] * len(answer)]
         end = len(ids)
-        observation, _, terminated, truncated, info = env.step(words)
-        if terminated or truncated:
-            break
-        following = conversation.following(answer, observation)
-        ids, said = [*ids, *following], [*said, *[False] * len(following)]
     return ids[:end], said[:end]  # what nothing answers need not be read, and might not fit
-
-
-def _expert_of(env: gymnasium.Env[str, str], info: dict[str, Any], episodes: int) -> str:
-    answer = info.get("expert")
-    if answer is None:
-        name = env.spec.id if env.spec else str(env)
-        raise TeaError(f"env.expert.episodes is {episodes}, but {name} has no expert; set it to 0")
-    return str(answer)
 
 
 @torch.no_grad()

@@ -12,7 +12,6 @@ from torch import Tensor
 from tea_rl.head.policy import PolicyTerms
 from tea_rl.objectives.anchor import anchored_loss
 from tea_rl.objectives.policy_gradient import behaviour_kl, clipped_surrogate
-from tea_rl.rollout.choices import ChoiceBatch, choice_logps
 from tea_rl.rollout.trajectory import TokenBatch
 from tea_rl.training.optimization import HeadOptimizer
 
@@ -59,29 +58,6 @@ class Learner(HeadOptimizer):
             return _Part(terms.logps, batch.logps, advantages[index], terms.anchor)
 
         return self._descend(len(tokens), self.objective.minibatch_tokens, part, generator)
-
-    def update_choices(
-        self, choices: ChoiceBatch, advantages: Tensor, generator: torch.Generator
-    ) -> UpdateReport:
-        """`update` for decisions between listed choices; the anchor is the exact KL between the two policies over choices.
-
-        Args:
-            choices: ``Q`` decisions.
-            advantages: of each decision, ``(Q,)``.
-            generator: orders the minibatches.
-        """
-
-        def part(index: Tensor) -> _Part:
-            batch = choices.select(index)
-            terms = self._terms(batch.tokens)
-            own = choice_logps(terms.logps, batch.tokens.rows, batch.decision_of_choice)
-            base = choice_logps(batch.tokens.base_logps, batch.tokens.rows, batch.decision_of_choice)
-            kl = own.new_zeros(len(batch)).index_add(0, batch.decision_of_choice, own.exp() * (own - base))
-            return _Part(own[batch.chosen], batch.logps, advantages[index], kl)
-
-        tokens_each = max(1.0, len(choices.tokens) / len(choices))
-        size = max(1, round(self.objective.minibatch_tokens / tokens_each))
-        return self._descend(len(choices), size, part, generator)
 
     def _descend(
         self, count: int, size: int, part: Callable[[Tensor], _Part], generator: torch.Generator

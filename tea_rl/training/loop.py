@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ from tea_rl.training.trackers import make_tracker
 
 #: Short steps are logged together: a sync for each would cost more than the steps.
 _LOG_SECONDS = 1.0
+#: A picture of the curves takes about a second.
+_DRAWING_SECONDS = 20.0
 _STATE_NAME = "trainer_state.json"
 
 
@@ -86,6 +89,7 @@ class TrainingLoop:
         self.last_evaluation: Evaluation | None = None
         self._unwritten: list[dict[str, Any]] = []
         self._written_at = 0.0
+        self._drawn = -math.inf
 
     def _prepare(self, head: TeaHead, learner: HeadOptimizer, base: BaseModelFacts, data_digest: str) -> None:
         self.head, self.learner, self.base, self.data_digest = head, learner, base, data_digest
@@ -195,8 +199,13 @@ class TrainingLoop:
         """Restore what `_write_state` left; the logs have been cut back already."""
         self.learner.load_state(state)
 
+    def _draw_curves(self) -> None:
+        """``curves.png`` as of now, unless it was drawn a moment ago: drawing takes longer than a small step."""
+        if time.monotonic() - self._drawn > _DRAWING_SECONDS:
+            write_curves(self.run.read_metrics(), self.run.path / "curves.png")
+            self._drawn = time.monotonic()
+
     def _finish(self) -> None:
         self._flush()
         replace_directory(self.run.path / "head", self.head.save_pretrained)
-        write_curves(self.run.read_metrics(), self.run.path / "curves.png")
-        write_report(self.run.path)
+        write_report(self.run.path)  # draws the curves

@@ -104,7 +104,10 @@ def check_same_recipe(path: Path, recipe: Recipe) -> None:
             for group, name in OPTIONAL_SETTINGS
             if name not in getattr(recipe, group).model_fields_set
         }
-    changed = describe_changes(before, yaml.safe_load(recipe.to_yaml()), free)
+    now = yaml.safe_load(recipe.to_yaml())
+    for settings in (before, now):
+        settings.pop("compare", None)  # says nothing of this run
+    changed = describe_changes(before, now, free)
     if changed:
         raise TeaError(
             f"cannot resume {path}: the recipe differs from the run's in {changed}; set it back (the run's is in "

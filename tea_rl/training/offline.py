@@ -31,7 +31,6 @@ from tea_rl.training.manifest import BaseModelFacts, describe_changes
 from tea_rl.training.offline_data import OfflineData
 from tea_rl.training.offline_learner import OfflineLearner
 from tea_rl.training.offline_rows import RowTable, check_metric, check_rows
-from tea_rl.training.plots import write_curves
 from tea_rl.training.progress import Listener
 from tea_rl.training.run_directory import RunDirectory, has_run
 from tea_rl.training.seeding import seed_step
@@ -205,8 +204,11 @@ class OfflineTrainer(TrainingLoop):
         check_metric(self.data.table, self.data.eval_rows, train.metric_for_best_model)
         if self.data.left_out is not None:
             listener.on_note(self.data.left_out)
+        if self.data.credit is not None:
+            listener.on_note(self.data.credit.describe())
         self.total_steps = self.data.total_steps
         head = self.store.make_head(recipe.head, seed=train.seed)
+        self.data.fit_returns(head)
         learner = OfflineLearner(
             head, recipe.objective, recipe.anchor, train, self.store.temperature, self.total_steps
         )
@@ -261,7 +263,9 @@ class OfflineTrainer(TrainingLoop):
         best = self.best
         if not len(self.data.eval_rows):
             return
-        metrics = offline_metrics(row_figures([self.head], self.store, self.data.eval_rows)[0])
+        figures = row_figures([self.head], self.store, self.data.eval_rows)[0]
+        metrics = offline_metrics(figures)
+        metrics.update(self.data.return_metrics(self.head, figures))
         metrics.update(self.data.anchor_metrics(self.head))
         self.last_evaluation = Evaluation(metrics, [])
         row: dict[str, Any] = {"step": step, **metrics}
@@ -276,7 +280,7 @@ class OfflineTrainer(TrainingLoop):
                 self.ended = True
             self._log(step, row)
             self._flush()
-            write_curves(self.run.read_metrics(), self.run.path / "curves.png")
+            self._draw_curves()
         self.listener.on_evaluation(row)
         if record and self.ended and best.exhausted:
             self.listener.on_note(

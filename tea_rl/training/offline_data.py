@@ -5,16 +5,17 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from tea_rl.evaluation.offline import row_figures
+from tea_rl.evaluation.offline import RowFigures, row_figures
 from tea_rl.head.layer import TeaHead
 from tea_rl.objectives.advantages import stored_advantages
 from tea_rl.objectives.supervised import awr_weights
 from tea_rl.recipe import ObjectiveConfig, Recipe, TrainConfig
 from tea_rl.rollout.trajectory import TokenBatch
 from tea_rl.states.store import StateStore
-from tea_rl.training.batches import RowPlan, TokenPlan
+from tea_rl.training.batches import ReturnPlan, RowPlan, TokenPlan
 from tea_rl.training.offline_learner import PAIR_OBJECTIVES, ROW_OBJECTIVES, OfflineBatch
 from tea_rl.training.offline_rows import RowTable
+from tea_rl.training.token_credit import token_credit
 
 #: One row of the anchor's text in so many is held out, to measure how far the policy moved where it should not.
 HELD_OUT_EVERY = 8
@@ -31,6 +32,7 @@ class OfflineData:
     Attributes:
         train_rows, eval_rows: row numbers; those of pairs to train on pair by pair, chosen first, the others ascending.
         signal: what each row of the store teaches, ``(rows,)`` float32, see `OfflineBatch`.
+        credit: what each token earned, with ``objective.token_credit``.
         steps_per_epoch: optimizer steps of one pass.
         num_tokens: tokens of one pass.
         left_out: a line about rows that were not held out but teach nothing (without a reward, or the rejected ones of
@@ -49,6 +51,10 @@ class OfflineData:
         self.train_rows = self.table.teaching(objective, candidates)
         self.left_out = self.table.left_out(objective, candidates, self.train_rows)
         self.signal = self.signal_of(objective)
+        self.credit, self.token_signal = None, None
+        if objective.token_credit > 0:
+            self.credit = token_credit(store, self.train_rows, self.table.rewards, recipe.train.seed)
+            self.token_signal = self._mixed_signal(objective.token_credit)
         plan_arguments = (objective.minibatch_tokens, recipe.train.seed)
         self._plan: TokenPlan | RowPlan
         if objective.name in ROW_OBJECTIVES:
@@ -57,6 +63,24 @@ class OfflineData:
         else:
             self._plan = TokenPlan(store.offsets, self.train_rows, *plan_arguments)
         self.steps_per_epoch, self.num_tokens = self._plan.steps_per_epoch, self._plan.num_tokens
+        self._returns = ReturnPlan(self.table.rewards, recipe.train.return_dropout, recipe.train.seed)
+
+    def fit_returns(self, head: TeaHead) -> None:
+        """Give a fresh head with ``return_conditioning`` the scale of the training returns; any other is left as it is.
+
+        Raises:
+            TeaError: if it cannot learn from them.
+        """
+        if head.config.return_conditioning:
+            found = self.table.returns(self.recipe.objective, self.train_rows)
+            head.fit_returns(torch.from_numpy(found))
+
+    def _mixed_signal(self, share: float) -> torch.Tensor:
+        """What each token of the store is weighed by: its completion's signal and its own advantage, equally scaled."""
+        assert self.credit is not None
+        of_completion = self.signal.repeat_interleave(torch.from_numpy(self.store.lengths))
+        taught = of_completion[torch.from_numpy(self.store.token_index(self.train_rows))]
+        return (1.0 - share) * of_completion + share * taught.std() * self.credit.advantages
 
     def signal_of(self, objective: ObjectiveConfig) -> torch.Tensor:
         """What each row of the store teaches another objective of the same name, ``(rows,)``; 0 for the others."""
@@ -90,21 +114,36 @@ class OfflineData:
         tokens = self.store.tokens(index=index)
         tokens.rows = at
         tokens.states = add_noise(tokens.states, train.state_noise, generator)
+        token_signal = None if self.token_signal is None else self.token_signal[index]
         num_anchor = 0
         if self.anchor is not None:
             text = self.anchor.tokens(step)
             text.state_ids = text.state_ids + self.store.num_tokens  # other states than the store's
             tokens, num_anchor = TokenBatch.cat([tokens, text]), len(text)
-        return OfflineBatch(
-            tokens, self.signal[rows], damping(self.store.lengths[rows], train), rows, num_anchor
-        )
+        returns = torch.from_numpy(self._returns(step, rows, at.numpy(), num_anchor))
+        weights = damping(self.store.lengths[rows], train)
+        return OfflineBatch(tokens, self.signal[rows], weights, rows, returns, token_signal, num_anchor)
 
     def anchor_metrics(self, head: TeaHead) -> dict[str, float]:
         """``eval_anchor_kl``, KL(head || original model) on held-out ordinary text (nats a token); empty without such text."""
         if self.anchor is None:
             return {}
-        text = row_figures([head], self.anchor.store, self.anchor.eval_rows)[0]
+        # Ordinary text has no return: it is asked those of the training rows, one after another.
+        returns = np.resize(self.table.rewards[self.train_rows], len(self.anchor.eval_rows))
+        text = row_figures([head], self.anchor.store, self.anchor.eval_rows, returns)[0]
         return {"eval_anchor_kl": float(text.kl.sum() / text.tokens.sum())}
+
+    def return_metrics(self, head: TeaHead, figures: RowFigures) -> dict[str, float]:
+        """``eval_return_gain``: what a held-out row's log-probability gains by asking for its own return instead of for none (nats
+        a token); 0 for a head that takes no notice. Empty without ``return_conditioning``.
+
+        Args:
+            figures: of the held-out rows, each at its own return.
+        """
+        if not head.config.return_conditioning:
+            return {}
+        unasked = row_figures([head], self.store, self.eval_rows, np.full(len(self.eval_rows), np.nan))[0]
+        return {"eval_return_gain": float((figures.logps - unasked.logps).sum() / figures.tokens.sum())}
 
 
 class AnchorText:

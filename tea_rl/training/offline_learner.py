@@ -31,6 +31,9 @@ class OfflineBatch:
             of a pair follow one another, chosen first.
         weights: how much each row counts, ``(R,)``.
         row_numbers: of the rows in the store, ``(R,)``.
+        returns: the return that each token's completion is shown to earn, for heads with ``return_conditioning``, ``(N,)``; NaN
+            where it is unknown or hidden.
+        token_signal: with ``objective.token_credit``, what each token that teaches is weighed by instead, ``(N - num_anchor,)``.
         num_anchor: how many tokens are ordinary text; 0: the anchor is measured on the tokens that teach.
     """
 
@@ -38,6 +41,8 @@ class OfflineBatch:
     signal: Tensor
     weights: Tensor
     row_numbers: np.ndarray
+    returns: Tensor
+    token_signal: Tensor | None = None
     num_anchor: int = 0
 
     def __len__(self) -> int:
@@ -78,7 +83,8 @@ class OfflineLearner(HeadOptimizer):
             TeaError: after ``max_skipped_steps`` steps in a row with a loss or gradient that is not finite.
         """
         self.head.train()
-        terms = self.head.terms(batch.tokens, self.temperature, self.anchor.divergence)
+        returns = batch.returns if self.head.config.return_conditioning else None
+        terms = self.head.terms(batch.tokens, self.temperature, self.anchor.divergence, returns)
         loss = self.loss(batch, terms)
         loss.backward()
         return self.finish(batch, terms, loss)
@@ -109,7 +115,12 @@ class OfflineLearner(HeadOptimizer):
             task = self._row_task(batch, terms)
         else:
             weights = batch.weights[batch.tokens.rows[batch.taught]]
-            task = (self._token_task(batch, terms) * weights).sum() / weights.sum()
+            losses = self._token_task(batch, terms)
+            if self.head.config.return_conditioning:
+                # What earned the return that is shown is what to do when asked for it, however little that is.
+                shown = ~batch.returns[batch.taught].isnan()
+                losses = torch.where(shown, cross_entropy(terms.logps), losses)
+            task = (losses * weights).sum() / weights.sum()
         return anchored_loss(task, anchor.mean(), self.anchor.conservativity)
 
     def _token_task(self, batch: OfflineBatch, terms: PolicyTerms) -> Tensor:
@@ -118,7 +129,7 @@ class OfflineLearner(HeadOptimizer):
             return cross_entropy(terms.logps)
         rows = batch.tokens.rows[batch.taught]
         behaviour, base = batch.tokens.logps[batch.taught], batch.tokens.base_logps[batch.taught]
-        signal = batch.signal[rows]
+        signal = batch.signal[rows] if batch.token_signal is None else batch.token_signal
         if objective.name == "awr":
             return signal * cross_entropy(terms.logps)
         if objective.name == "reward_weighted":

@@ -20,6 +20,8 @@ from tea_rl.training.offline_learner import PAIR_OBJECTIVES
 
 #: Objectives that need no reward.
 _WITHOUT_REWARD = ("cross_entropy", "kto", *PAIR_OBJECTIVES)
+#: Objectives that can teach the rows whose return is hidden, while the others are imitated.
+_WITH_RETURNS = ("cross_entropy", "reward_weighted", "awr")
 
 
 @dataclass
@@ -32,6 +34,7 @@ class RowTable:
         labels, chosen: 1, 0 or -1 for none, ``(R,)``.
         pairs: preference pair, -1 for none, ``(R,)``.
         groups: equal for rows with the same prompt, ``(R,)``.
+        units: equal for rows that stay on one side of the split, ``(R,)``: those of a prompt, or of an episode's start.
         sides: 1 for rows that the data itself holds out, 0 for others, ``(R,)``; None: the data does not say.
     """
 
@@ -41,6 +44,7 @@ class RowTable:
     chosen: np.ndarray
     pairs: np.ndarray
     groups: np.ndarray
+    units: np.ndarray
     sides: np.ndarray | None
 
     @classmethod
@@ -50,7 +54,8 @@ class RowTable:
         Raises:
             TeaError: for a column ``split`` with something else than a side in it.
         """
-        columns = store.rewards, store.labels, store.chosen, store.pairs, store.groups
+        units = store.source_rows if store.kind == "rollout" else store.groups
+        columns = store.rewards, store.labels, store.chosen, store.pairs, store.groups, units
         return cls(str(store.path), *columns, _stored_sides(store))
 
     @classmethod
@@ -72,6 +77,7 @@ class RowTable:
             rewards = np.arange(len(rows), dtype=np.float32)
         else:
             rewards = np.array([np.nan if row.reward is None else row.reward for row in rows], np.float32)
+        groups = np.array([numbers[at] for at in kept], np.int64)
         marked = any(SPLIT_COLUMN in row.columns for row in rows)
         return cls(
             data.source,
@@ -79,7 +85,8 @@ class RowTable:
             column([row.label for row in rows]),
             column([row.chosen for row in rows]),
             column([row.pair for row in rows]),
-            np.array([numbers[at] for at in kept], np.int64),
+            groups,
+            groups,
             np.array([split_side(row.columns, row.place) for row in rows], np.int8) if marked else None,
         )
 
@@ -106,7 +113,7 @@ class RowTable:
                     f'{self.source}: expected rows whose column "{SPLIT_COLUMN}" is train, got none; mark some'
                 )
         else:
-            sides = split_groups(self.groups.tolist(), data.eval_fraction, data.split_seed)
+            sides = split_groups(self.units.tolist(), data.eval_fraction, data.split_seed)
             train, held_out = (np.array(side, np.int64) for side in sides)
         if data.eval_size is not None:
             distinct = np.random.default_rng(data.split_seed).permutation(np.unique(self.groups[held_out]))
@@ -156,6 +163,27 @@ class RowTable:
         lacks = {"kto": "a label", "dpo": "a whole pair", "ipo": "a whole pair"}.get(name, "a reward")
         return f"{count} of {len(rows)} training rows are without {lacks} and teach {name} nothing; they are left out"
 
+    def returns(self, objective: ObjectiveConfig, rows: np.ndarray) -> np.ndarray:
+        """What `TeaHead.fit_returns` measures asked returns by: the rewards of these training rows, NaN for none, ``(R,)``.
+
+        Raises:
+            TeaError: if the objective compares rows instead of imitating them, or fewer than two different rewards are there.
+        """
+        if objective.name not in _WITH_RETURNS:
+            raise TeaError(
+                f"head.return_conditioning learns to imitate what earned a return: objective.name must be one of "
+                f"{', '.join(_WITH_RETURNS)}, got {objective.name}; change it or switch the conditioning off"
+            )
+        found = self.rewards[rows]
+        distinct = np.unique(found[~np.isnan(found)])
+        if len(distinct) < 2:
+            what = f"the reward {distinct[0]:g} only" if len(distinct) else "no reward"
+            raise TeaError(
+                f"head.return_conditioning needs rewards that differ, but the {len(rows)} training rows of {self.source} have "
+                f"{what}; add a column reward, rewards in the recipe, or use tea-rl relabel"
+            )
+        return found
+
     def available_metrics(self, rows: np.ndarray) -> set[str]:
         """Metrics beyond those of every evaluation that these held-out rows can give."""
         found = set()
@@ -201,7 +229,9 @@ def check_rows(table: RowTable, recipe: Recipe) -> None:
             ``train.metric_for_best_model``.
     """
     train, held_out = table.split(recipe.data)
-    table.teaching(recipe.objective, train)
+    teaching = table.teaching(recipe.objective, train)
+    if recipe.head.return_conditioning:
+        table.returns(recipe.objective, teaching)
     check_metric(table, held_out, recipe.train.metric_for_best_model)
 
 

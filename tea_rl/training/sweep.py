@@ -37,8 +37,8 @@ from tea_rl.training.stored_recipe import fit_recipe
 
 #: Settings that decide what a minibatch is: it is the same one for all heads.
 _SHARED = {
-    "objective.name", "objective.minibatch_tokens", "train.max_steps", "train.num_train_epochs", "train.token_dropout",
-    "train.state_noise", "train.short_answer_damping",
+    "objective.name", "objective.token_credit", "objective.minibatch_tokens", "train.max_steps", "train.num_train_epochs", "train.token_dropout",
+    "train.state_noise", "train.short_answer_damping", "train.return_dropout",
 }  # fmt: skip
 #: Settings of the loop that `train` runs and a sweep does not have: heads would not differ in them.
 _WITHOUT_EFFECT = {
@@ -220,6 +220,7 @@ def _make_runners(
             head.reference_digest, head.base_settings = first.reference_digest, first.base_settings
         else:
             head = store.make_head(recipe.head, seed=recipe.train.seed)
+        data.fit_returns(head)
         learner = OfflineLearner(
             head, recipe.objective, recipe.anchor, recipe.train, store.temperature, data.total_steps
         )
@@ -239,7 +240,9 @@ def _step(runners: Sequence[_Runner], batch: OfflineBatch) -> dict[str, float]:
     for runner in runners:
         runner.head.train()
     heads = [runner.head for runner in listed]
-    corrections = shared_corrections(heads, tokens.states, tokens.shortlist.ids) if heads else []
+    corrections = (
+        shared_corrections(heads, tokens.states, tokens.shortlist.ids, batch.returns) if heads else []
+    )
     work: list[tuple[_Runner, OfflineBatch, PolicyTerms, torch.Tensor]] = []
     for runner, (delta, shift) in zip(listed, corrections, strict=True):
         learner = runner.learner
@@ -287,7 +290,11 @@ def _evaluate(runners: Sequence[_Runner], data: OfflineData, metric: str | None)
     found = row_figures([runner.head for runner in sound], data.store, data.eval_rows) if sound else []
     for runner, figures in zip(sound, found, strict=True):
         result = runner.result
-        result.metrics = {**offline_metrics(figures), **data.anchor_metrics(runner.head)}
+        result.metrics = {
+            **offline_metrics(figures),
+            **data.return_metrics(runner.head, figures),
+            **data.anchor_metrics(runner.head),
+        }
         if metric is None:
             metric = next(name for name in _RANKED_BY if name in result.metrics)
         result.metric, result.value = metric, result.metrics[metric]

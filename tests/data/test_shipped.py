@@ -51,6 +51,24 @@ def archive(name: str, data: bytes) -> bytes:
     return buffer.getvalue()
 
 
+def test_english_is_long_and_short_texts_in_turn(monkeypatch):
+    film = "".join(f"{n}\t0.5\tSentence {n}.\n" for n in range(30)).encode()
+    news = b"7_2\t0\tThen more.\n7_1\t1\tIt began.\n8_1\t0\tAnother one.\n8_10\t0\tThe end.\n8_2\t0\tIts middle.\n"
+    files = {"movieReviewSnippets_GroundTruth.txt": film, "nytEditorialSnippets_GroundTruth.txt": news}
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w:gz") as tar:
+        for name, data in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    fetched = archive("hutto_ICWSM_2014.tar.gz", inner.getvalue())
+    monkeypatch.setattr(shipped, "_pip_download", lambda *_: fetched)
+    texts = [row["completion"] for row in rows("english", size=15)]
+    assert {texts[0], texts[11]} == {"It began. Then more.", "Another one. Its middle. The end."}
+    sentences = texts[1:11] + texts[12:]
+    assert len(set(sentences)) == 13 and all(text.startswith("Sentence") for text in sentences)
+
+
 def test_movie_reviews_are_read_out_of_the_fetched_archive(monkeypatch):
     table = b"1\t2.5\tA joy .\n2\t-1.25\tA bore .\n3\t0\tA film .\n"
     inner = archive("movieReviewSnippets_GroundTruth.txt", table)

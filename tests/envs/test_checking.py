@@ -38,6 +38,19 @@ class PaysJunk(Honest):
         return Turn("Thanks.", float(self.digit in text), True, parsed=self.digit)
 
 
+class PaysHiddenLater(Honest):
+    """Only at later starts, for their own answer."""
+
+    def _start(self, rng, index):
+        self.later = index is not None and index > 20
+        return super()._start(rng, index)
+
+    def _act(self, text):
+        if self.later and text == f"maybe {self.digit} or something else":
+            return Turn("Thanks.", 1.0, True, parsed=self.digit)
+        return super()._act(text)
+
+
 class IgnoresSeeds(Honest):
     count = 0
 
@@ -97,6 +110,7 @@ def test_a_sound_environment_passes_and_the_scores_are_right(register):
     ("cls", "words"),
     [
         (PaysJunk, "junk is paid"),
+        (PaysHiddenLater, "junk is paid: 'maybe "),
         (IgnoresSeeds, "another prompt with another seed"),
         (Raises, "cannot read this"),
         (OutOfRange, "outside of the declared"),

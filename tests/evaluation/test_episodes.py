@@ -1,6 +1,7 @@
 """Evaluation in environments: what the figures count, and how an episode reads."""
 
 import math
+import threading
 
 import easy_envs
 import pytest
@@ -77,7 +78,44 @@ def test_scores_without_skill():
             raise ValueError("two\nlines")
 
     assert scores_without_skill(Broken, range(4), notes.append) == {}
-    assert notes == ["no constant, random or expert score: ValueError: two lines"]
+    assert notes == [
+        "scores without skill leave out 8 starts where the environment failed (ValueError: two lines)"
+    ]
+
+
+@pytest.mark.parametrize("how", ["raise", "nan", "hang", "nonsense"])
+def test_scores_without_skill_leave_out_the_starts_that_fail(how):
+    """Four of eight starts fail in their second turn: the scores are those of the other four."""
+    release, met = threading.Event(), []
+
+    class Sometimes(easy_envs.Pick):
+        def reset(self, *, seed=None, options=None):
+            self.index = options["index"]
+            return super().reset(seed=seed, options=options)
+
+        def step(self, action):
+            answer = super().step(action)
+            if self.index >= 4 or not answer[2]:
+                return answer
+            met.append(self.index)
+            if how == "hang":
+                release.wait(60)
+            if how == "raise":
+                raise ValueError("the line broke")
+            return (answer[0], math.nan if how == "nan" else "much", *answer[2:])
+
+    notes = []
+    settings = EpisodeSettings(step_timeout=0.4)
+    found = scores_without_skill(Sometimes, range(8), notes.append, settings)
+    release.set()
+    assert found == scores_without_skill(easy_envs.Pick, range(4, 8), notes.append, settings)
+    assert len(notes) == 1 and "leave out 4 starts" in notes[0]
+    assert sorted(met) == [0, 1, 2, 3]  # a start that failed is not played again
+
+
+def test_scores_without_skill_end_with_the_turns_that_the_policy_has():
+    found = scores_without_skill(easy_envs.Pick, range(9), print, EpisodeSettings(max_turns=1))
+    assert found["eval_expert_reward"] == 0.5
 
 
 def test_a_transcript_is_everything_behind_the_first_observation():
@@ -93,5 +131,10 @@ def test_a_transcript_is_everything_behind_the_first_observation():
     sample = transcript(batch, 1)
     assert sample.prompt == "Find it." and sample.reward == 1.0
     assert sample.completion == " 5\nHigher. Guess: 7\nCorrect."
+    assert [(turn["observation"], turn["completion"]) for turn in sample.episode["turns"]] == [
+        ("Find it.", " 5\n"),
+        ("Higher. Guess:", " 7"),
+    ]
+    assert sample.episode["final_observation"] == "Correct." and sample.episode["failed"] is None
     failed = transcript(batch, 0)
     assert failed.completion == "(failed: broken)" and math.isnan(failed.reward)

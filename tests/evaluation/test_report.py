@@ -106,6 +106,23 @@ def test_what_a_model_wrote_is_escaped_and_both_sides_are_shown(run):
     assert "-0.50" in page.text and "0.88" in page.text
 
 
+@pytest.mark.parametrize(
+    ("prompt", "shown", "hidden"),
+    [
+        ("Guess: 4\nLower.\n\n" * 30 + "Find my number.\nGuess:", "...\nFind my number.\nGuess:", "Lower"),
+        ("word " * 200 + "\n" + "Q: last?\nA:", "Q: last?\nA:", "word " * 60),
+        ("x" * 900, "...\n" + "x" * 200, "x" * 300),
+        ("a" * 200, "a" * 200, "..."),
+    ],
+)
+def test_of_a_long_prompt_the_last_words_are_shown(run, prompt, shown, hidden):
+    sample = {"step": 8, "prompt": prompt, "base": "b", "trained": "t", "base_reward": 0, "trained_reward": 0}
+    (run / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    source = write_report(run).read_text(encoding="utf-8")
+    cell = source.partition('<td class="prompt">')[2].partition("</td>")[0]
+    assert shown in cell and hidden not in cell
+
+
 def test_the_page_needs_nothing_beside_it(run):
     page = Page(write_report(run).read_text(encoding="utf-8"))
     assert page.links and all(link.startswith("data:image/png;base64,") for link in page.links)

@@ -17,6 +17,7 @@ KINDS = [
     {"member_kind": "memory", "memory_slots": 12, "shortlist_size": 24},
     {"member_kind": "memory", "memory_slots": 12, "readout": "vocab", "shortlist_size": "auto"},
     {"shortlist_size": "auto", "aggregation": "mean"},
+    {"gate": True, "shortlist_size": 24},
 ]
 
 

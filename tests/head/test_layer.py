@@ -43,7 +43,10 @@ CONFIGS = [
     ),
     HeadConfig(member_kind="memory", memory_slots=7, hidden_sizes=[12, 8], feature_fraction=0.5),
     HeadConfig(
-        context={"layers": [1, -1], "horizons": ["all", 8.0]}, hidden_sizes=[16], feature_fraction=0.5
+        context={"layers": [1, -1], "horizons": ["all", 8.0]},
+        hidden_sizes=[16],
+        feature_fraction=0.5,
+        gate=True,
     ),
 ]
 

@@ -69,6 +69,18 @@ def test_modulation_is_what_its_docstring_says():
     assert gamma[:, 1].abs().max() == 0 and beta[:, 1].abs().max() == 0
 
 
+def test_what_lies_beyond_the_training_returns_is_said():
+    modulation = ReturnModulation(2, 3)
+    assert modulation.beyond_training(1e9) is None  # nothing was seen yet
+    modulation.fit(torch.tensor([-0.5, torch.nan, 2.0, 1.0]))
+    assert [modulation.beyond_training(value) for value in (-0.5, 0.0, 2.0)] == [None] * 3
+    for value in (-0.6, 3.0):
+        assert "lies outside the -0.5 to 2 seen" in modulation.beyond_training(value)
+    again = ReturnModulation(2, 3)
+    again.load_state_dict(modulation.state_dict())
+    assert again.beyond_training(3.0) == modulation.beyond_training(3.0)
+
+
 @pytest.mark.parametrize("context", [{}, {"layers": [-1]}])
 def test_members_read_the_modulated_norm(context):
     """Against the same members with the modulation written into scale and shift of their norm."""

@@ -169,6 +169,23 @@ def test_a_hanging_environment_does_not_keep_the_interpreter(tmp_path):
     assert (done.returncode, done.stdout) == (0, "no answer within 0.2 seconds\n"), done.stderr
 
 
+def test_environments_that_wait_for_one_another_are_not_late(backbones):
+    """Six resets one after another take longer than the patience with a single one."""
+    one_at_a_time = threading.Lock()
+
+    class Queueing(Ragged):
+        def reset(self, **kwargs):
+            with one_at_a_time:
+                time.sleep(0.3)
+            return super().reset(**kwargs)
+
+    backbone = backbones("llama")
+    batch = play(
+        backbone, trained_head(backbone), Queueing, which=starts(6, 1), num_parallel=6, step_timeout=1.2
+    )
+    assert [episode.failed for episode in batch.episodes] == [None] * 6
+
+
 def test_slow_environments_overlap(backbones):
     """All of them are in their step at the same time, or none would ever answer."""
     together = threading.Barrier(4)
@@ -231,6 +248,28 @@ def test_an_environment_that_cannot_be_made(backbones):
 
     with pytest.raises(TeaError, match="no environment of that name"):
         play(backbone, head, mistaken)
+
+
+def test_making_an_environment_has_an_end():
+    release = threading.Event()
+
+    def never():
+        release.wait(60)
+
+    with pytest.raises(TimeoutError, match="not there after 0.2 seconds"):
+        environments.Seat(never, patience=0.2)
+    release.set()
+
+
+def test_what_the_environment_understood_is_recorded(backbones):
+    class Parsing(Ragged):
+        def step(self, action):
+            answer = super().step(action)
+            return (*answer[:4], {**answer[4], "parsed": None if self.turn == 1 else self.turn})
+
+    backbone = backbones("llama")
+    batch = play(backbone, trained_head(backbone), Parsing, which=starts(2, 1))
+    assert [turn.parsed for turn in batch.turns if turn.turn < 2] == [None, "2"] * 2
 
 
 def test_a_suspended_process_does_not_lose_its_environments(monkeypatch):

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import math
+import threading
+from functools import partial
 
 import easy_envs
 import pytest
@@ -14,9 +16,10 @@ import tea_rl.training.episodes as episodes
 import tea_rl.training.generating as generating
 from tea_rl import load_recipe, train
 from tea_rl.errors import TeaError
-from tea_rl.rollout import ConversationFormat
+from tea_rl.recipe import EnvConfig
+from tea_rl.rollout import ConversationFormat, EpisodeSettings
 from tea_rl.rollout.conversation import Conversation
-from tea_rl.training.imitation import expert_conversations
+from tea_rl.training.imitation import check_expert, expert_conversations
 from tea_rl.training.progress import Listener
 
 TIMING = ("seconds", "tokens_per_second", "environment_share")
@@ -100,6 +103,12 @@ def test_run_directory_is_complete(recipe_file, tmp_path):
     assert [row["step"] for row in samples] == [0, 0, 2, 2, 4, 4]
     assert samples[0]["base"] == samples[0]["trained"] != samples[-1]["trained"]
     assert samples[0]["prompt"].startswith("Write ") and samples[0]["base"].count("\nGo on.") == 3
+    for row in samples:
+        for side in ("base", "trained"):
+            told = row[f"{side}_episode"]
+            assert sum(turn["reward"] for turn in told["turns"]) == pytest.approx(row[f"{side}_reward"])
+            assert [turn["turn"] for turn in told["turns"]] == [0, 1, 2] and told["start"] >= 12
+            assert all(turn["completion"] in row[side] for turn in told["turns"])
     assert "value" not in {item.name for item in path.iterdir()}
 
 
@@ -194,33 +203,75 @@ def test_a_supervised_start_is_resumed_with_the_original_models_samples(recipe_f
     assert rows(tmp_path / "whole", "samples.jsonl") == rows(tmp_path / "parts", "samples.jsonl")
 
 
-@pytest.mark.parametrize(("broken", "left"), [(2, 3), (9, 0)])
-def test_expert_episodes_that_fail_are_left_out(broken, left):
+def conversations_of(make_env, episodes, room=128, notes=None, **settings):
+    return expert_conversations(
+        make_env,
+        Conversation(tiny_tokenizer(), ConversationFormat("plain")),
+        EpisodeSettings(**{"max_turns": 9, **settings}),
+        EnvConfig(id="EasyPick-v0", expert={"episodes": episodes}),
+        room,
+        (notes if notes is not None else []).append,
+    )
+
+
+FAULTS = {"raise": "the line broke", "nan": "must be finite", "hang": "no answer within 0.4 seconds"}
+
+
+@pytest.mark.parametrize("how", FAULTS)
+def test_expert_episodes_that_fail_are_left_out_and_counted(how):
+    release = threading.Event()
+
     class FlakyExpert(easy_envs.Flaky):
+        def step(self, action):
+            if how == "hang" and self.index < self.broken:
+                release.wait(60)
+            return super().step(action)
+
         def _expert(self):
             return "d"
 
-    def found():
-        conversation = Conversation(tiny_tokenizer(), ConversationFormat("plain"))
-        return expert_conversations(lambda: FlakyExpert(broken=broken), conversation, 5, 9, 128)
+    notes = []
+    made = partial(FlakyExpert, how if how != "hang" else "raise")
+    found = conversations_of(partial(made, 2), 5, notes=notes, step_timeout=0.4)
+    # The others' are as if nothing had failed.
+    assert found == conversations_of(partial(made, 0), 5)[2:] and len(found) == 3
+    assert (
+        len(notes) == 1 and notes[0].startswith("2 of 5 expert episodes failed") and FAULTS[how] in notes[0]
+    )
+    with pytest.raises(TeaError, match=f"none of 5 expert episodes .*{FAULTS[how]}"):
+        conversations_of(partial(made, 9), 5, step_timeout=0.4)
+    release.set()
 
-    if left:
-        assert len(found()) == left
-    else:
-        with pytest.raises(TeaError, match="none of 5 expert episodes .*the line broke"):
-            found()
+
+def test_expert_episodes_end_with_the_turns_of_the_recipe():
+    (ids, said), *_ = conversations_of(easy_envs.Pick, 3, max_turns=1)
+    assert len(ids) == 7 and said[-1]
+
+
+def test_an_expert_that_hangs_at_the_first_look_is_left_to_the_run():
+    release = threading.Event()
+
+    class Hanging(easy_envs.Pick):
+        def reset(self, **kwargs):
+            release.wait(60)
+            return super().reset(**kwargs)
+
+    env = EnvConfig(id="EasyPick-v0", expert={"episodes": 2})
+    check_expert(Hanging, EpisodeSettings(step_timeout=0.3), env)
+    release.set()
+    with pytest.raises(TeaError, match="EasyPick-v0 has no expert; set it to 0"):
+        check_expert(partial(easy_envs.Pick, silent=True), EpisodeSettings(), env)
 
 
 @pytest.mark.parametrize("room", [5, 11, 12, 17, 40])
 def test_expert_conversations_end_with_the_last_answer_that_fits(room):
     """The first observation has 5 tokens, an answer 2, the next observation 5; the whole episode 14."""
     tokenizer = tiny_tokenizer()
-    conversation = Conversation(tokenizer, ConversationFormat("plain"))
     if room < 7:
         with pytest.raises(TeaError, match="no answer fits into 5 tokens"):
-            expert_conversations(easy_envs.Pick, conversation, 3, 9, room)
+            conversations_of(easy_envs.Pick, 3, room)
         return
-    for index, (ids, said) in enumerate(expert_conversations(easy_envs.Pick, conversation, 3, 9, room)):
+    for index, (ids, said) in enumerate(conversations_of(easy_envs.Pick, 3, room)):
         assert len(ids) == len(said) == (14 if room >= 14 else 7) and said[-1]
         env = easy_envs.Pick()
         question, info = env.reset(seed=index, options={"index": index})
@@ -297,17 +348,27 @@ def test_a_prompt_that_does_not_fit_is_one_line(recipe_file, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_the_wrapper_for_listed_answers_makes_them_choices(recipe_file):
+    for overrides, chooses in (
+        ([], False),
+        (["env.wrappers=[{name: admissible_actions}]"], True),
+        (CHOOSE, True),
+    ):
+        recipe = load_recipe(str(recipe_file), ["env.id=EasyPick-v0", *overrides])
+        assert episodes.episode_settings(recipe).choose_admissible == chooses
+
+
 def test_states_of_turns_are_those_of_their_first_token(model):
     """Free text and choices; a turn without a record (a failed episode's) has zeros."""
     from tea_rl.backbone import load_backbone
     from tea_rl.head.config import HeadConfig
     from tea_rl.head.layer import TeaHead
-    from tea_rl.rollout import EpisodeSettings, EpisodeStart, run_episodes
+    from tea_rl.rollout import EpisodeStart, run_episodes
 
     backbone = load_backbone(str(model), dtype="float32")
     head = TeaHead.for_backbone(backbone, HeadConfig(hidden_sizes=[16], shortlist_size=24))
     for name, choose in (("EasyFlaky-v0", False), ("EasyPick-v0", True)):
-        recipe = load_recipe_env(name)
+        recipe = EnvConfig(id=name)
         settings = EpisodeSettings(max_new_tokens=4, choose_admissible=choose)
         starts = [EpisodeStart(index) for index in range(5)]
         batch = run_episodes(backbone, head, episodes.environment_maker(recipe), starts, settings)
@@ -324,9 +385,3 @@ def test_states_of_turns_are_those_of_their_first_token(model):
             states = backbone.forward(ids, attention_mask=torch.ones_like(ids))
             torch.testing.assert_close(found[number], states[0, -1], atol=1e-4, rtol=1e-4)
         assert (batch.num_failed > 0) != choose
-
-
-def load_recipe_env(name):
-    from tea_rl.recipe import EnvConfig
-
-    return EnvConfig(id=name)

@@ -2,7 +2,6 @@
 
 import math
 
-import easy_envs
 import pytest
 import torch
 from tiny import tiny_backbone
@@ -11,15 +10,7 @@ from tea_rl.errors import TeaError
 from tea_rl.head.config import HeadConfig
 from tea_rl.head.layer import TeaHead
 from tea_rl.recipe import AnchorConfig, ObjectiveConfig, TrainConfig
-from tea_rl.rollout import (
-    ConversationFormat,
-    DecodeSettings,
-    EpisodeSettings,
-    EpisodeStart,
-    generate,
-    run_episodes,
-)
-from tea_rl.rollout.choices import choice_logps
+from tea_rl.rollout import DecodeSettings, generate
 from tea_rl.training.learner import Learner
 
 
@@ -157,72 +148,3 @@ def test_shared_states_change_no_gradient(backbone):
         mine, torch.autograd.grad((weights * (each.logps + each.kl)).sum(), parameters), strict=True
     ):
         torch.testing.assert_close(grad, reference, rtol=1e-4, atol=1e-4)
-
-
-def decisions(backbone, moved, shortlist_size=24, conservativity=0.5):
-    """Recorded decisions between listed answers, and a learner whose head has ``moved`` on since."""
-    head, _, learner = make(
-        backbone,
-        shortlist_size=shortlist_size,
-        objective={"inner_epochs": 1, "minibatch_tokens": 10**6, "clip_range": 0.1, "target_kl": None},
-        anchor={"conservativity": conservativity},
-        max_grad_norm=1e9,
-    )
-    torch.manual_seed(0)
-    torch.nn.init.normal_(head.members.readout, std=0.1)
-    settings = EpisodeSettings(conversation=ConversationFormat("plain"), choose_admissible=True)
-    starts = [EpisodeStart(index, generation) for index in range(3) for generation in range(4)]
-    choices = run_episodes(backbone, head, easy_envs.Pick, starts, settings).choices
-    with torch.no_grad():
-        head.members.readout.add_(moved * torch.randn_like(head.members.readout))
-    return head, choices, learner
-
-
-@pytest.mark.parametrize(("shortlist_size", "moved"), [(24, 0.01), ("all", 0.05)])
-def test_gradient_of_decisions_equals_a_naive_computation(backbone, shortlist_size, moved):
-    head, choices, learner = decisions(backbone, moved, shortlist_size)
-    advantages = torch.randn(len(choices), generator=generator())
-    parameters = head.trainable_parameters()
-    logits = head(choices.tokens.states) * backbone.logit_scale
-    base_logits = backbone.reference(choices.tokens.states) * backbone.logit_scale
-    each = torch.arange(len(choices.tokens))
-    logps = logits.log_softmax(-1)[each, choices.tokens.actions]
-    base_logps = base_logits.log_softmax(-1)[each, choices.tokens.actions]
-    losses, kls, clipped = [], [], 0
-    for decision in range(len(choices)):
-        listed = (choices.decision_of_choice == decision).nonzero().flatten().tolist()
-        own, base = (
-            torch.stack([values[choices.tokens.rows == choice].sum() for choice in listed]).log_softmax(0)
-            for values in (logps, base_logps)
-        )
-        ratio = (own[listed.index(choices.chosen[decision])] - choices.logps[decision]).exp()
-        clipped += not 0.9 < ratio < 1.1
-        bounded = ratio.clamp(0.9, 1.1)
-        losses.append(-torch.minimum(ratio * advantages[decision], bounded * advantages[decision]))
-        kls.append((own.exp() * (own - base)).sum())
-    loss = (torch.stack(losses).mean() + 0.5 * torch.stack(kls).mean()) / 1.5
-    assert 0 < clipped < len(choices)
-    expected = torch.autograd.grad(loss, parameters)
-    report = learner.update_choices(choices, advantages, generator())
-    assert report.loss == pytest.approx(loss.item(), abs=1e-5) and report.inner_epochs == 1
-    for parameter, gradient in zip(parameters, expected, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-5)
-    assert max(gradient.abs().max() for gradient in expected) > 1e-3
-
-
-def test_rewarded_decisions_become_likelier(backbone):
-    _, choices, learner = decisions(backbone, 0.0, conservativity=0.0)
-    learner.objective.minibatch_tokens, learner.objective.inner_epochs = 16, 8
-    picked = [choices.texts[choice] for choice in choices.chosen.tolist()]
-    good = torch.tensor([text == "a" for text in picked])
-    assert good.any() and not good.all()
-
-    def likelihood():
-        with torch.no_grad():
-            own = learner._terms(choices.tokens).logps
-            logps = choice_logps(own, choices.tokens.rows, choices.decision_of_choice)
-        return logps[[number for number, text in enumerate(choices.texts) if text == "a"]].mean().item()
-
-    before = likelihood()
-    report = learner.update_choices(choices, torch.where(good, 1.0, -1.0), generator())
-    assert likelihood() > before + 0.05 and report.inner_epochs == 8

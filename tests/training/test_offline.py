@@ -115,6 +115,7 @@ def test_every_objective_learns(recipe, tmp_path, objective):
     assert result.base_metrics["eval_kl"] == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.rendered
 def test_the_run_directory_is_complete(recipe, tmp_path):
     train(recipe(), tmp_path / "run")
     names = {

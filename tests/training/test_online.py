@@ -99,6 +99,7 @@ def test_backbone_stays_bit_identical_and_the_head_changes(
     assert ("reference_delta" in changed) == trained.config.train_reference
 
 
+@pytest.mark.rendered
 def test_run_directory_is_complete(recipe_file, tmp_path):
     result = train(str(recipe_file), tmp_path / "run")
     path = tmp_path / "run"

@@ -8,6 +8,8 @@ import pytest
 from tea_rl.errors import TeaError
 from tea_rl.training.plots import _PANELS, _base_level, _series, write_curves
 
+pytestmark = pytest.mark.rendered
+
 
 def rows() -> list[dict]:
     found = [{"step": 0, "eval_reward": 0.2, "eval_reward_greedy": 0.3, "eval_kl": 0.0, "eval_base_nll": 3.2}]
