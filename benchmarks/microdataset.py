@@ -64,12 +64,12 @@ def main() -> None:
     figures = []
     for name, prompts in (("films", list(FILMS)), ("anything", openings())):
         for temperature in (1.0, 0.7):
-            row: dict[str, Any] = {"openings": name, "temperature": temperature}
+            row: dict[str, Any] = {"about": name, "temperature": temperature}
             for who, strength in (("base", 0.0), ("head", 1.0)):
                 head.strength = strength
                 row[who] = measure(backbone, head, prompts, temperature, args.generations)
             figures.append(row)
-    report("microdataset", figures)
+    report("microdataset", {"openings": figures})
 
 
 if __name__ == "__main__":

@@ -113,6 +113,11 @@ class Recipe(Group):
                 "head.train_reference needs anchor.conservativity 0 (the anchor would hold on to a moving reference), got "
                 f"{self.anchor.conservativity:g}; set one of them."
             )
+        if self.head.return_conditioning and not self.offline:
+            raise TeaError(
+                f"head.return_conditioning learns from stored completions of all qualities and needs data.store or data.dataset, got "
+                f"{sources[0]}; store some with tea-rl rollout and train on them, or set it to false."
+            )
         if self.objective.token_credit > 0 and (
             not self.offline or self.objective.name not in TOKEN_CREDIT_OBJECTIVES
         ):

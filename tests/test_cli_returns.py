@@ -10,6 +10,7 @@ from tiny import save_tiny
 
 from tea_rl import HeadConfig, TeaHead, load_backbone, load_recipe
 from tea_rl.backbone import Backbone
+from tea_rl.errors import TeaError
 from tea_rl.states.embed import embed
 from tea_rl.states.rollouts import write_rollouts
 from tea_rl.training.online import train
@@ -172,7 +173,7 @@ def test_a_plot_that_cannot_be_written_is_refused_before_the_model(
 
 def test_rollouts_of_other_returns_are_other_rollouts(model, folder, heads, prompts, tmp_path):
     backbone: Backbone = load_backbone(str(model), dtype="float32")
-    recipe = load_recipe(str(prompts), ["head.return_conditioning=true", "train.max_steps=1"])
+    recipe = load_recipe(str(prompts), ["train.max_steps=1"])
     digests, texts = set(), []
     for value in (0.0, 1.0, None):
         head = TeaHead.from_pretrained(heads[0], backbone)
@@ -190,3 +191,8 @@ def test_a_plain_head_has_no_return_to_keep(model, tmp_path):
     backbone = load_backbone(str(model), dtype="float32")
     TeaHead.for_backbone(backbone, HeadConfig(shortlist_size=32)).save_pretrained(tmp_path / "head")
     assert TeaHead.from_pretrained(tmp_path / "head", backbone).asked_return is None
+
+
+def test_online_training_cannot_learn_to_follow_a_return(prompts):
+    with pytest.raises(TeaError, match="head.return_conditioning learns from stored completions .* got data.prompts"):
+        load_recipe(str(prompts), ["head.return_conditioning=true"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -29,7 +30,7 @@ def report(
     from tea_rl.evaluation.report import write_report
     from tea_rl.training.run_directory import has_run
 
-    writers = []
+    writers: list[Callable[[Path], Path]] = []
     for folder in runs:  # a mistake shows before anything is written
         if (folder / RESULTS_NAME).is_file():
             writers.append(write_comparison)

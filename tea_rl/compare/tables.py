@@ -82,8 +82,8 @@ def summary_table(results: Results, summary: Summary, colours: dict[str, str]) -
         *(
             Column(
                 f"{level:g} after<br><small>reward level</small>",
-                lambda row, place=place: level_cell(row.levels[place]),
-            )  # type: ignore[misc]
+                _at_level(place, level_cell),
+            )
             for place, level in enumerate(results.levels)
         ),
         Column("Peak<br>memory", lambda row: gigabytes(row.peak_memory)),
@@ -142,9 +142,9 @@ def cost_table(results: Results, summary: Summary, colours: dict[str, str]) -> s
     calls = [
         Column(
             f"Reward {level:g} after<br><small>scored completions</small>",
-            lambda row, at=at: calls_cell(row.levels[at]),
-        )  # type: ignore[misc]
-        for at, level in enumerate(results.levels)
+            _at_level(place, calls_cell),
+        )
+        for place, level in enumerate(results.levels)
     ]
     columns = [
         Column("Training<br><small>wall-clock</small>", lambda row: duration(row.average(lambda s: s.train_seconds)) if row.trained else _DASH),
@@ -199,12 +199,15 @@ def peers_table(results: Results, summary: Summary, colours: dict[str, str]) -> 
     def of(row: Row, level: float = any_level) -> AgainstPeer:
         return found[row.name, level]
 
+    def sooner_to(level: float) -> Callable[[Row], str]:
+        return lambda row: _sooner(of(row, level))
+
     columns = [
         *(
             Column(
                 f"Reward {level:g}<br><small>sooner by</small>",
-                lambda row, level=level: _sooner(of(row, level)),
-            )  # type: ignore[misc]
+                sooner_to(level),
+            )
             for level in results.levels
         ),
         Column("Memory<br><small>theirs / ours</small>", lambda row: _times(of(row).memory)),
@@ -307,6 +310,10 @@ def _kl(row: Row) -> str:
         return _DASH
     value = f"{row.kl:.2f}" if row.kl >= 0.095 or row.kl == 0 else f"{row.kl:.2g}"
     return f"{value} <small>{' / '.join(sorted(kinds))}</small>"
+
+
+def _at_level(place: int, cell: Callable[[LevelTime], str]) -> Callable[[Row], str]:
+    return lambda row: cell(row.levels[place])
 
 
 def level_cell(time: LevelTime) -> str:
