@@ -194,5 +194,7 @@ def test_a_plain_head_has_no_return_to_keep(model, tmp_path):
 
 
 def test_online_training_cannot_learn_to_follow_a_return(prompts):
-    with pytest.raises(TeaError, match="head.return_conditioning learns from stored completions .* got data.prompts"):
+    with pytest.raises(
+        TeaError, match="head.return_conditioning learns from stored completions .* got data.prompts"
+    ):
         load_recipe(str(prompts), ["head.return_conditioning=true"])
