@@ -19,7 +19,7 @@ from tea_rl.recipe import shipped_recipes
 
 COMMANDS = [
     "train", "recipes", "generate", "chat", "evaluate", "doctor", "embed", "rollout", "inspect", "relabel", "sweep",
-    "envs", "play",
+    "envs", "play", "compare", "report",
 ]  # fmt: skip
 ROOT = Path(__file__).parents[1]
 

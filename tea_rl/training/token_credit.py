@@ -59,7 +59,7 @@ class TokenCredit:
 def token_credit(store: StateStore, rows: np.ndarray, rewards: np.ndarray, seed: int) -> TokenCredit:
     """Advantages of the tokens of some rows.
 
-    Memory does not grow with the store but for one number a token.
+    Memory does not grow with the store but for a few numbers a token; the states are read three times.
 
     Args:
         store: the states.
@@ -76,16 +76,15 @@ def token_credit(store: StateStore, rows: np.ndarray, rewards: np.ndarray, seed:
             f"{len(rows)} of at most {store.lengths[rows].max()}; set it to 0"
         )
     folds = np.random.default_rng(seed).permutation(len(rows)) % NUM_FOLDS
-    critic = _Ridge.fit(store, rows, folds, torch.from_numpy(rewards[rows]).double())
-    values = torch.cat(
-        [critic.values(*chunk) for chunk in _chunks(store, rows, folds)]
-    )  # (tokens of rows, penalties)
-    lengths = torch.from_numpy(store.lengths[rows])
-    last = lengths.cumsum(dim=0) - 1
     wanted = torch.from_numpy(rewards[rows]).double()
-    errors = torch.stack([(part - _spread(wanted, lengths)).square().mean() for part in values.unbind(dim=1)])
+    critic = _Ridge.fit(store, rows, folds, wanted)
+    errors = torch.zeros(len(PENALTIES), dtype=torch.float64)
+    for features, at, fold in _chunks(store, rows, folds):
+        errors += (critic.values(features, fold) - wanted[at].unsqueeze(1)).square().sum(dim=0)
     best = int(errors.argmin())
-    value = values[:, best]
+    chunks = _chunks(store, rows, folds)
+    value = torch.cat([critic.values(features, fold)[:, best] for features, _, fold in chunks])
+    last = torch.from_numpy(store.lengths[rows]).cumsum(dim=0) - 1
 
     advantages = torch.cat([value[1:], value[-1:]]) - value
     advantages[last] = 0.0
@@ -110,7 +109,8 @@ class _Ridge:
     @classmethod
     def fit(cls, store: StateStore, rows: np.ndarray, folds: np.ndarray, rewards: Tensor) -> _Ridge:
         """From the normal equations of all folds, minus those of the one left out."""
-        offset = float(_spread(rewards, torch.from_numpy(store.lengths[rows])).mean())
+        lengths = torch.from_numpy(store.lengths[rows])
+        offset = float((rewards * lengths).sum() / lengths.sum())
         size = store.width + 1
         gram = torch.zeros(NUM_FOLDS, size, size, dtype=torch.float64)
         moment = torch.zeros(NUM_FOLDS, size, dtype=torch.float64)
@@ -133,9 +133,8 @@ class _Ridge:
             weights.append(vectors @ torch.stack(shrunk, dim=1))
         return cls(torch.stack(weights), offset)
 
-    def values(self, features: Tensor, at: Tensor, folds: Tensor) -> Tensor:
+    def values(self, features: Tensor, folds: Tensor) -> Tensor:
         """Of tokens by the critics that have not seen their rows, ``(N, penalties)`` float64."""
-        del at
         found = torch.zeros(len(features), len(PENALTIES), dtype=torch.float64)
         for number in range(NUM_FOLDS):
             own = folds == number
@@ -159,8 +158,3 @@ def _chunks(
         at = torch.from_numpy(np.repeat(places, store.lengths[rows[places]]))
         yield torch.cat([normed, torch.ones(len(normed), 1)], dim=1), at, torch.from_numpy(folds)[at]
         first = last
-
-
-def _spread(of_rows: Tensor, lengths: Tensor) -> Tensor:
-    """A number a row to one a token."""
-    return of_rows.repeat_interleave(lengths)

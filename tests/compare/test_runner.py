@@ -74,10 +74,9 @@ def test_a_method_that_fails_is_a_row_and_is_tried_again(tmp_path):
     assert mended.kept == 1 and [label for label, *_ in mended.began] == ["tea"]
     assert [method.status for method in results.methods] == ["done", "done"]
     third = Heard()
-    assert (
-        compare(tiny_recipe(tmp_path), "tea", tmp_path / "out", third)[0].methods[1].seeds
-        == results.methods[1].seeds
-    )
+    again, _ = compare(tiny_recipe(tmp_path), "tea", tmp_path / "out", third)
+    # As text: a figure that was not measured is NaN, which equals nothing.
+    assert again.methods[1].model_dump_json() == results.methods[1].model_dump_json()
     assert third.kept == 2 and third.began == []
 
 
