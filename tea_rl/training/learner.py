@@ -52,15 +52,15 @@ class Learner(HeadOptimizer):
             TeaError: after ``max_skipped_steps`` minibatches in a row with a loss or gradient that is not finite.
         """
 
-        def part(index: Tensor) -> _Part:
+        def part(index: Tensor) -> Part:
             batch = tokens.select(index)
             terms = self._terms(batch)
-            return _Part(terms.logps, batch.logps, advantages[index], terms.anchor)
+            return Part(terms.logps, batch.logps, advantages[index], terms.anchor)
 
         return self._descend(len(tokens), self.objective.minibatch_tokens, part, generator)
 
     def _descend(
-        self, count: int, size: int, part: Callable[[Tensor], _Part], generator: torch.Generator
+        self, count: int, size: int, part: Callable[[Tensor], Part], generator: torch.Generator
     ) -> UpdateReport:
         """The inner epochs over ``count`` records in minibatches of ``size``."""
         learning_rate, objective = self.learning_rate, self.objective
@@ -100,12 +100,12 @@ class Learner(HeadOptimizer):
     def _terms(self, batch: TokenBatch) -> PolicyTerms:
         return self.head.terms(batch, self.temperature, self.anchor.divergence)
 
-    def _left_trust_region(self, part: _Part) -> bool:
+    def _left_trust_region(self, part: Part) -> bool:
         target = self.objective.target_kl
         return target is not None and behaviour_kl(part.logps.detach(), part.behaviour_logps).item() > target
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """What a minibatch's loss is made of, one entry a token or decision."""
 
     logps: Tensor

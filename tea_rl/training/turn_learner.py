@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tea_rl.rollout.choices import ChoiceBatch, choice_divergence, choice_logps
 from tea_rl.rollout.trajectory import TokenBatch
-from tea_rl.training.learner import Learner, UpdateReport, _Part
+from tea_rl.training.learner import Learner, Part, UpdateReport
 
 
 class TurnLearner(Learner):
@@ -32,23 +32,23 @@ class TurnLearner(Learner):
             return self.update(tokens, advantages[tokens.rows], generator)
         written, decided = len(tokens), len(choices)
 
-        def part(index: Tensor) -> _Part:
+        def part(index: Tensor) -> Part:
             parts = []
             if len(free := index[index < written]):
                 parts.append(self._written(tokens.select(free), advantages))
             if len(chosen := index[index >= written] - written):
                 parts.append(self._decided(choices.select(chosen), advantages))
-            return _Part(*(torch.cat(column) for column in zip(*parts, strict=True)))
+            return Part(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
         tokens_each = max(1.0, (written + len(choices.tokens)) / (written + decided))
         size = max(1, round(self.objective.minibatch_tokens / tokens_each))
         return self._descend(written + decided, size, part, generator)
 
-    def _written(self, batch: TokenBatch, advantages: Tensor) -> _Part:
+    def _written(self, batch: TokenBatch, advantages: Tensor) -> Part:
         terms = self._terms(batch)
-        return _Part(terms.logps, batch.logps, advantages[batch.rows], terms.anchor)
+        return Part(terms.logps, batch.logps, advantages[batch.rows], terms.anchor)
 
-    def _decided(self, batch: ChoiceBatch, advantages: Tensor) -> _Part:
+    def _decided(self, batch: ChoiceBatch, advantages: Tensor) -> Part:
         terms = self._terms(batch.tokens)
         own = choice_logps(terms.logps, batch.tokens.rows, batch.decision_of_choice)
         anchor = choice_divergence(
@@ -58,4 +58,4 @@ class TurnLearner(Learner):
             batch.tokens.rows,
             batch.decision_of_choice,
         )
-        return _Part(own[batch.chosen], batch.logps, advantages[batch.turns], anchor)
+        return Part(own[batch.chosen], batch.logps, advantages[batch.turns], anchor)
