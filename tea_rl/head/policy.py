@@ -13,6 +13,7 @@ All logits here are already divided by the sampling temperature: the policy is d
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -98,36 +99,61 @@ def entropy(slot_logps: Tensor, tail_entropy: Tensor | None) -> Tensor:
 
 
 class _ShortlistProduct(torch.autograd.Function):
-    """``out[n, j] = weight[ids[n, j]] . g[n]`` without holding the gathered rows of all tokens.
+    """``out[n, j] = weight[ids[n, j]] . g[n]``; both passes read the rows where they lie, none are gathered.
 
-    The rows are gathered again for the backward pass: that costs less than keeping ``N x k x D`` numbers alive.
+    Gathered rows would be written and read again: three times the traffic of what this is bound by.
     """
 
     @staticmethod
     def forward(ctx, g: Tensor, weight: Tensor, ids: Tensor) -> Tensor:  # noqa: ANN001
         ctx.save_for_backward(g, weight, ids)
-        out = torch.empty(ids.shape, dtype=torch.float32, device=g.device)
-        for start in range(0, g.shape[0], _GATHER_ROWS):
-            block = slice(start, start + _GATHER_ROWS)
-            rows = F.embedding(ids[block], weight)
-            out[block] = torch.bmm(rows, g[block].to(rows.dtype).unsqueeze(2)).squeeze(2)
-        return out
+        return _sampled_product(g, weight, ids) if _reads_in_place(weight) else _gathered_product(g, weight, ids)
 
     @staticmethod
     def backward(ctx, grad_out: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # noqa: ANN001
         g, weight, ids = ctx.saved_tensors
-        grad_g = torch.empty_like(g) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for start in range(0, ids.shape[0], _GATHER_ROWS):
-            block = slice(start, start + _GATHER_ROWS)
-            own = grad_out[block].to(weight.dtype)
-            if grad_g is not None:
-                rows = F.embedding(ids[block], weight)
-                grad_g[block] = torch.bmm(own.unsqueeze(1), rows).squeeze(1).to(g.dtype)
-            if grad_weight is not None:
-                outer = own.unsqueeze(2) * g[block].to(weight.dtype).unsqueeze(1)
+        own = grad_out.to(weight.dtype)
+        grad_g = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            starts = torch.arange(0, ids.numel(), ids.shape[1], device=ids.device)
+            grad_g = F.embedding_bag(
+                ids.flatten(), weight, starts, mode="sum", per_sample_weights=own.flatten()
+            ).to(g.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(weight)
+            for start in range(0, ids.shape[0], _GATHER_ROWS):
+                block = slice(start, start + _GATHER_ROWS)
+                outer = own[block].unsqueeze(2) * g[block].to(weight.dtype).unsqueeze(1)
                 grad_weight.index_add_(0, ids[block].flatten(), outer.flatten(0, 1))
         return grad_g, grad_weight, None
+
+
+def _reads_in_place(weight: Tensor) -> bool:
+    """Whether `_sampled_product` is there for such weights; on GPUs it is untested."""
+    return weight.device.type == "cpu" and weight.dtype == torch.float32
+
+
+def _sampled_product(g: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    """The product of ``g`` and the transposed weight at the places of a sparse matrix, ``(N, k)``."""
+    rows, size = ids.shape
+    starts = torch.arange(0, ids.numel() + 1, size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls its CSR layout a beta
+        places = torch.sparse_csr_tensor(
+            starts, ids.flatten(), torch.zeros(ids.numel()), (rows, len(weight)), check_invariants=False
+        )
+        product = torch.sparse.sampled_addmm(places, g.float(), weight.T, beta=0.0)
+    return product.values().view(rows, size)
+
+
+def _gathered_product(g: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    """The same by gathering rows, some at a time, ``(N, k)`` float32."""
+    out = torch.empty(ids.shape, dtype=torch.float32, device=g.device)
+    for start in range(0, g.shape[0], _GATHER_ROWS):
+        block = slice(start, start + _GATHER_ROWS)
+        rows = F.embedding(ids[block], weight)
+        out[block] = torch.bmm(rows, g[block].to(rows.dtype).unsqueeze(2)).squeeze(2)
+    return out
 
 
 def shortlist_product(g: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
