@@ -126,6 +126,13 @@ class Recipe(Group):
                 f"{self.objective.name}{'' if self.offline else ' online'}; set one of these with labelled data, or "
                 "token_credit: 0."
             )
+        if self.objective.expected_gradient > 0 and (
+            self.data.prompts is None or not isinstance(self.head.shortlist_size, int)
+        ):
+            raise TeaError(
+                "objective.expected_gradient needs data.prompts and a number as head.shortlist_size, got "
+                f"{sources[0]} and {self.head.shortlist_size}; set them, or expected_gradient: 0."
+            )
         if self.anchor.dataset is not None and (not self.offline or self.anchor.conservativity == 0):
             lacks = "data.dataset or data.store" if not self.offline else "anchor.conservativity above 0"
             raise TeaError(

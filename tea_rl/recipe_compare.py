@@ -17,6 +17,28 @@ PEER_LEARNING_RATES = {
 }
 
 
+class Guards(Group):
+    """What a page warns of. Whatever is relative is relative to the method ``base`` of the same comparison."""
+
+    kl_budget: float = Field(
+        1.0, gt=0, description="KL to the base model, nats a token, above which a page warns."
+    )
+    independent_fall: float = Field(
+        0.2,
+        ge=0,
+        description="Relative worsening of an independent metric that counts as reward hacking where the reward rose.",
+    )
+    diversity_floor: float = Field(
+        0.7, ge=0, le=1, description="Share of the base model's distinct bigrams that has to be left."
+    )
+    forgetting_rise: float = Field(
+        0.1, ge=0, description="Relative rise of a perplexity on other text that a page warns of."
+    )
+    disagreement_limit: float = Field(
+        1.0, gt=0, description="Spread of the members over what they say together, above which a page warns."
+    )
+
+
 class CompareConfig(Group):
     """What ``tea-rl compare`` tries and how often it looks."""
 
@@ -35,7 +57,9 @@ class CompareConfig(Group):
         default_factory=list, description="Reward levels whose time is looked up on the curves."
     )
     curve_seconds: float = Field(
-        8.0, gt=0.0, description="Seconds of training between two points of a curve."
+        8.0,
+        gt=0.0,
+        description="Least seconds of training between two points of a curve, which take a fifth of the time at most.",
     )
     curve_prompts: int = Field(
         32, ge=1, description="Held-out prompts of a point, one sampled completion each."
@@ -46,6 +70,10 @@ class CompareConfig(Group):
     strengths: list[float] = Field(
         default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5],
         description="Strengths of our head whose reward and KL are measured, nothing retrained.",
+    )
+    guards: Guards = Field(
+        default_factory=Guards,
+        description="What the page warns of, and which learning rates are passed over; may be changed afterwards.",
     )
 
     @field_validator("learning_rates")

@@ -234,6 +234,12 @@ class ObjectiveConfig(Group):
         description="How much of what a stored token is weighed by is its own: by how much it changed the reward that a critic "
         "fitted to the states expects; the rest is its completion's (reward_weighted, reinforce, ppo).",
     )
+    expected_gradient: float = Field(
+        0.0,
+        ge=0.0,
+        description="Weight of the policy gradient over all tokens of the shortlist at once, with values of tokens that are fitted "
+        "to the rewards of the latest completions; falls to 0 over the run; 0 = off. For prompts, with a shortlist.",
+    )
     inner_epochs: int = Field(6, ge=1, description="Most passes over one rollout.")
     minibatch_tokens: int = Field(512, ge=1, description="Tokens in one optimizer step, about.")
     target_kl: float | None = Field(

@@ -27,8 +27,10 @@ from tea_rl.compare.results import (
     Tried,
     write_json,
 )
+from tea_rl.compare.summary import BASE, unsound_reasons
 from tea_rl.evaluation.metrics import mean
 from tea_rl.recipe import Recipe
+from tea_rl.recipe_compare import Guards
 
 _PACKAGES = (
     "torch",
@@ -57,17 +59,33 @@ class Request:
     max_memory_bytes: float
 
 
-def best_rate(outcomes: Sequence[JobResult]) -> float | None:
-    """The learning rate whose finished seeds earn most; None if none finished."""
+def best_rate(outcomes: Sequence[JobResult], base: JobResult | None, guards: Guards) -> float | None:
+    """The learning rate whose finished seeds earn most, those that hack their reward or lost diversity behind all others.
+
+    Args:
+        outcomes: of one method.
+        base: the original model, which they are judged against; where it is missing, the reward alone decides.
+        guards: limits of the judgement, the same as in the ranking of methods.
+
+    Returns:
+        the rate; None if none finished.
+    """
     rates = {outcome.learning_rate for outcome in outcomes if outcome.result is not None}
-    return max(rates, key=lambda rate: _mean_reward(outcomes, rate), default=None)
+    return max(
+        rates,
+        key=lambda rate: (not _unsound(outcomes, rate, base, guards), _mean_reward(outcomes, rate)),
+        default=None,
+    )
 
 
 def write_results(request: Request, jobs: Sequence[Job], page: bool = False) -> Results:
     """Write ``results.json``, and with ``page`` the report, from what the jobs have left so far."""
     outcomes = [(job, job.outcome()) for job in jobs]
+    base = next((outcome for job, outcome in outcomes if job.method.name == BASE), None)
     methods = [
-        _method_result(method, [(job, outcome) for job, outcome in outcomes if job.method == method], request)
+        _method_result(
+            method, [(job, outcome) for job, outcome in outcomes if job.method == method], base, request
+        )
         for method in {job.method: None for job in jobs}
     ]
     results = Results(
@@ -78,6 +96,7 @@ def write_results(request: Request, jobs: Sequence[Job], page: bool = False) -> 
         versions=_versions(),
         machine=_machine(),
         levels=sorted(request.recipe.compare.levels) or _levels(methods),
+        guards=request.recipe.compare.guards,
         methods=methods,
     )
     write_json(results, request.output / RESULTS_NAME)
@@ -89,11 +108,15 @@ def write_results(request: Request, jobs: Sequence[Job], page: bool = False) -> 
 
 
 def _method_result(
-    method: Method, own: Sequence[tuple[Job, JobResult | None]], request: Request
+    method: Method, own: Sequence[tuple[Job, JobResult | None]], base: JobResult | None, request: Request
 ) -> MethodResult:
     outcomes = [outcome or JobResult(**job.key, status="skipped", reason=_NOT_DONE) for job, outcome in own]
     rates = list(dict.fromkeys(outcome.learning_rate for outcome in outcomes))
-    rate = best_rate(outcomes)
+    guards = request.recipe.compare.guards
+    rate = best_rate(outcomes, base, guards)
+    # Where every rate is suspect, none was passed over for it.
+    suspect = [] if _unsound(outcomes, rate, base, guards) else rates
+    passed_over = {other: "; ".join(_unsound(outcomes, other, base, guards)) or None for other in suspect}
     seeds = [o.result for o in outcomes if o.learning_rate == rate and o.result is not None]
     unfinished = [o for o in outcomes if o.status != "done"]
     status: Status = "done" if seeds else unfinished[0].status
@@ -105,7 +128,7 @@ def _method_result(
         adapter=method.adapter,
         uses_reward_at_inference=method.name == "best-of-n",
         learning_rate=request.recipe.train.learning_rate if method.name == "tea" else rate,
-        tried=[_tried(rate, outcomes) for rate in rates] if method.is_peer else [],
+        tried=[_tried(other, outcomes, passed_over.get(other)) for other in rates] if method.is_peer else [],
         seeds=seeds,
     )
 
@@ -118,7 +141,17 @@ def _reason(outcome: JobResult, named: bool) -> str:
     return f"{rate}seed {outcome.seed}: {outcome.reason or outcome.status}"
 
 
-def _tried(rate: float | None, outcomes: Sequence[JobResult]) -> Tried:
+def _unsound(
+    outcomes: Sequence[JobResult], rate: float | None, base: JobResult | None, guards: Guards
+) -> list[str]:
+    """What speaks against a learning rate."""
+    seeds = [o.result for o in outcomes if o.learning_rate == rate and o.result is not None]
+    return unsound_reasons(
+        seeds, [base.result] if base is not None and base.result is not None else [], guards
+    )
+
+
+def _tried(rate: float | None, outcomes: Sequence[JobResult], passed_over: str | None) -> Tried:
     own = [outcome for outcome in outcomes if outcome.learning_rate == rate]
     done = [outcome.result for outcome in own if outcome.result is not None]
     first = next((outcome for outcome in own if outcome.result is not None), own[0])
@@ -128,6 +161,7 @@ def _tried(rate: float | None, outcomes: Sequence[JobResult]) -> Tried:
         seconds=mean([result.train_seconds for result in done]) if done else None,
         status=first.status,
         reason=first.reason,
+        passed_over=passed_over,
     )
 
 

@@ -37,41 +37,46 @@ class AgainstPeer:
     Attributes:
         sooner: time of the peer over ours to the level; a lower bound if ``peer_never``.
         level: of ``sooner``.
-        peer_never: the peer did not get there while it trained.
+        peer_never: the peer did not get there in the ``peer_seconds`` that it trained.
         memory, parameters: of the peer over ours.
         reward: ours minus the peer's: mean, low, high.
         at_equal_kl: ours on its frontier, at the peer's KL, minus the peer's.
+        how_equal: where on the frontier that is, or why it cannot be told.
     """
 
     peer: str
     level: float
     sooner: float
     peer_never: bool
+    peer_seconds: float
     memory: float
     parameters: float
     reward: tuple[float, float, float]
     at_equal_kl: float
+    how_equal: str
 
 
 def against_peer(ours: Row, peer: Row, level: float) -> AgainstPeer:
     """Compare our row with a peer's, times at a reward level."""
     own, other = (level_time(row.method.seeds, level) for row in (ours, peer))
-    sooner, never = math.nan, False
+    sooner, never, trained = math.nan, False, peer.average(lambda seed: seed.train_seconds)
     if math.isfinite(own.seconds) and own.seconds > 0:
         never = math.isinf(other.seconds)
-        sooner = (peer.average(lambda seed: seed.train_seconds) if never else other.seconds) / own.seconds
+        sooner = (trained if never else other.seconds) / own.seconds
     parameters = ours.average(lambda seed: float(seed.trainable_parameters)) or math.nan
-    at_peer_kl = reward_at_kl(mean_frontier(ours), peer.kl)
+    frontier = mean_frontier(ours)
     rewards = [[seed.metrics.reward_sampled for seed in row.method.seeds] for row in (ours, peer)]
     return AgainstPeer(
         peer.name,
         level,
         sooner,
         never,
+        trained,
         peer.peak_memory / ours.peak_memory,
         peer.average(lambda seed: float(seed.trainable_parameters)) / parameters,
         tuple(paired_difference(*rewards)),  # type: ignore[arg-type]
-        at_peer_kl - peer.reward.mean,
+        reward_at_kl(frontier, peer.kl) - peer.reward.mean,
+        _place_on(frontier, peer),
     )
 
 
@@ -106,6 +111,25 @@ def reward_at_kl(frontier: list[FrontierPoint], kl: float) -> float:
     return points[-1].reward
 
 
+def _place_on(frontier: list[FrontierPoint], peer: Row) -> str:
+    """Where on our frontier a peer's KL lies, in words."""
+    if math.isnan(peer.kl):
+        return f"the KL of {peer.name} was not measured"
+    if not frontier:
+        return "the strengths of our head were not measured"
+    points = sorted(frontier, key=lambda point: point.kl)
+    if peer.kl < points[0].kl:
+        return f"KL {peer.kl:.2g} of {peer.name} is below the smallest of our frontier, {points[0].kl:.2g}"
+    if peer.kl > points[-1].kl:
+        last = points[-1]
+        return f"at KL {peer.kl:.2g}, beyond our frontier: its last point has KL {last.kl:.2g} (strength {last.strength:g})"
+    below = max((p for p in points if p.kl <= peer.kl), key=lambda point: point.kl)
+    above = min((p for p in points if p.kl >= peer.kl), key=lambda point: point.kl)
+    if above.kl == below.kl:
+        return f"at KL {peer.kl:.2g}, strength {below.strength:g}"
+    return f"at KL {peer.kl:.2g}, between strength {below.strength:g} and {above.strength:g}"
+
+
 def judge_claims(results: Results, summary: Summary) -> list[Claim]:
     """The four claims against the peer; empty where either side was not asked for."""
     asked = {method.name for method in results.methods}
@@ -138,7 +162,7 @@ def _sooner(found: AgainstPeer, ours: Row, level: float) -> tuple[bool | None, s
     if not found.peer_never:
         holds = found.sooner >= TIMES_SOONER
         return holds, f"{'yes' if holds else 'no'}, {found.sooner:.1f}"
-    bound = f"{found.peer} did not get there in {found.sooner:.1f} times our time"
+    bound = f"at least {found.sooner:.1f} times (not reached within {found.peer_seconds:.0f} s)"
     return (True, f"yes, {bound}") if found.sooner >= TIMES_SOONER else (None, f"cannot be told, {bound}")
 
 
@@ -158,6 +182,6 @@ def _parameters(found: AgainstPeer) -> tuple[bool | None, str]:
 
 def _equal_kl(found: AgainstPeer) -> tuple[bool | None, str]:
     if math.isnan(found.at_equal_kl):
-        return None, "cannot be told, no frontier at that KL"
+        return None, f"cannot be told, {found.how_equal}"
     holds = found.at_equal_kl >= 0
-    return holds, f"{'yes' if holds else 'no'}, {found.at_equal_kl:+.2f}"
+    return holds, f"{'yes' if holds else 'no'}, {found.at_equal_kl:+.2f} {found.how_equal}"

@@ -14,6 +14,8 @@ from tea_rl.training.files import append_jsonl
 
 #: What measuring takes beyond the estimate: a share, and seconds for saving.
 _MARGIN, _SAVING_SECONDS = 1.15, 3.0
+#: Seconds of training between two points of the curve, at least, for every second that a point takes.
+_POINT_SPACING = 2.5
 #: Where nothing is known yet, measuring takes so many times the time of a point of the curve.
 _POINTS = 10.0
 
@@ -38,7 +40,8 @@ class Course:
 
     Args:
         evaluate: held-out reward of the policy as it is now.
-        every: seconds of training between two evaluations.
+        every: least seconds of training between two evaluations; more where these are slow, so that they take a third of the
+            time at most.
         budget: of the whole job.
         path: file that gets a line for every point, for whoever watches.
         earlier: the curve so far, of a run that is continued.
@@ -98,7 +101,9 @@ class Course:
             self._trained, self.steps, self.reward_calls = self._spent, step, reward_calls
             if self._no_time_for(self._longest):
                 self.out_of_time = True
-            elif self._trained - self.curve[-1].seconds >= self._every:
+            elif self._trained - self.curve[-1].seconds >= max(
+                self._every, _POINT_SPACING * self.point_seconds
+            ):
                 self._add_point()
                 self.out_of_time = self._no_time_for(self._longest)
         return self.out_of_time

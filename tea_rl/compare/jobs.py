@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ JOB_NAME, CURVE_NAME, TIMES_NAME, LOG_NAME = "job.json", "curve.jsonl", "times.j
 CHECKPOINT_NAME, ADAPTER_NAME, RUN_NAME = "checkpoint", "adapter", "run"
 #: An empty file that is there once training has ended.
 MEASURING_NAME = "measuring"
-#: Settings of a comparison that choose its jobs and change none of them.
-_CHOICES = ("learning_rates", "seeds", "peer_seeds", "levels")
+#: Settings of a comparison that choose its jobs, or judge them, and change none of them.
+_CHOICES = ("learning_rates", "seeds", "peer_seeds", "levels", "guards")
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,16 @@ class Job:
         """Where training can go on: the newest checkpoint of a peer whose time was used up."""
         found = (self.folder / CHECKPOINT_NAME).glob("checkpoint-*")
         return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+    @property
+    def is_swept(self) -> bool:
+        """Whether reward and KL are measured along the strengths of its head: of the first seed of ours."""
+        return self.method.name == "tea" and self.seed == self.recipe.compare.seeds[0]
+
+    def base_outcome(self) -> JobResult | None:
+        """How the original model's job of this comparison ended; None before that."""
+        folder = self.folder.parents[1] / "base" / f"recipe-seed{self.recipe.compare.seeds[0]}"
+        return replace(self, folder=folder).outcome()
 
     def facts(self) -> dict[str, Any]:
         """Everything that its result depends on, as JSON values."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -140,7 +141,7 @@ def evaluate_reward(
 def measure(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    base: BaseModel,
+    base: BaseModel | None,
     prompts: PromptSet,
     rewards: RewardSum,
     settings: MeasureSettings,
@@ -153,7 +154,7 @@ def measure(
     Args:
         model: the policy, in evaluation mode afterwards.
         tokenizer: its tokenizer; pads on the left.
-        base: the base model.
+        base: the base model; None where ``model`` is it.
         prompts: held-out prompts.
         rewards: scores the samples; the greedy completions are scored in a call of their own.
         head: the TEA head installed in ``model``, for the disagreement of its members.
@@ -201,30 +202,46 @@ def measure_frontier(
     head: TeaHead,
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    base: BaseModel,
     prompts: PromptSet,
     rewards: RewardSum,
     settings: MeasureSettings,
     strengths: Sequence[float],
+    known: Sequence[FrontierPoint] = (),
+    is_time_left: Callable[[float], bool] = lambda seconds: True,
 ) -> list[FrontierPoint]:
-    """Reward and KL at each strength of an installed head, whose own strength is restored."""
+    """Reward and KL at each strength of an installed head, whose own strength is restored.
+
+    Args:
+        head: installed in ``model``.
+        model, tokenizer, prompts, rewards, settings: as for `measure`.
+        strengths: to be measured.
+        known: points that have been measured already, with the same prompts and settings; all of them are returned.
+        is_time_left: asked before each, with the seconds that the longest one took so far; what is not measured is left out.
+
+    Returns:
+        points by strength.
+    """
     trained_at = head.strength
-    points = []
+    points = {point.strength: point for point in known}
+    longest = 0.0
     try:
         for strength in strengths:
+            if strength in points or not is_time_left(longest):
+                continue
+            began = time.perf_counter()
             head.strength = strength
             drawn = _Samples(model, tokenizer, prompts, rewards, settings)
-            scores = score_completions(
-                model, base, prompts.token_ids, drawn.completions, settings.temperature
-            )
-            points.append(
-                FrontierPoint(
-                    strength=strength, reward=mean(drawn.batch.total), kl=torch.cat(scores.kl).mean().item()
+            kl = 0.0  # at strength 0 it is the base model
+            if strength != 0:
+                scores = score_completions(
+                    model, None, prompts.token_ids, drawn.completions, settings.temperature, head
                 )
-            )
+                kl = torch.cat(scores.kl).mean().item()
+            points[strength] = FrontierPoint(strength=strength, reward=mean(drawn.batch.total), kl=kl)
+            longest = max(longest, time.perf_counter() - began)
     finally:
         head.strength = trained_at
-    return points
+    return [points[strength] for strength in sorted(points)]
 
 
 class _Samples:

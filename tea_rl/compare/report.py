@@ -131,7 +131,10 @@ def render(results: Results, summary: Summary, pictures: Sequence[Picture]) -> s
         ),
         _browser(summary, colours),
         _section(
-            "Learning rates tried", tried_table(results), "The best of each method is what this page shows."
+            "Learning rates tried",
+            tried_table(results),
+            "The best of each method is what this page shows: the one with most reward among those that neither hack it nor lost "
+            "their diversity, or among all where none is left.",
         ),
         _method(results),
         _settings(results),

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tea_rl.errors import TeaError
+from tea_rl.recipe_compare import Guards
 
 #: Raised when a field changes its meaning.
 VERSION = 1
@@ -23,28 +24,6 @@ Status = Literal["done", "failed", "time", "memory", "skipped"]
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings", protected_namespaces=())
-
-
-class Guards(_Strict):
-    """What a page warns of. Whatever is relative is relative to the method ``base`` of the same comparison."""
-
-    kl_budget: float = Field(
-        1.0, gt=0, description="KL to the base model, nats a token, above which a page warns"
-    )
-    independent_fall: float = Field(
-        0.2,
-        ge=0,
-        description="relative worsening of an independent metric that counts as reward hacking where the reward rose",
-    )
-    diversity_floor: float = Field(
-        0.7, ge=0, le=1, description="share of the base model's distinct bigrams that has to be left"
-    )
-    forgetting_rise: float = Field(
-        0.1, ge=0, description="relative rise of a perplexity on other text that a page warns of"
-    )
-    disagreement_limit: float = Field(
-        1.0, gt=0, description="disagreement of the members (`Metrics.disagreement`) above which a page warns"
-    )
 
 
 class KlEstimate(_Strict):
@@ -172,6 +151,9 @@ class Tried(_Strict):
     seconds: float | None = None
     status: Status
     reason: str | None = None
+    passed_over: str | None = Field(
+        None, description="why it is not the one that is shown, where its reward is not the reason"
+    )
 
 
 class MethodResult(_Strict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +23,17 @@ from tea_rl.training.files import disk_errors, take_lock
 LOCK_NAME = "compare.lock"
 #: What loading and measuring takes, in seconds, where the base model's job does not tell.
 _FIXED_SECONDS = 30.0
+#: What measuring takes beside what it takes of the base model: a peer's samples go through two models, not one, and a point of
+#: the frontier is sampling and one pass.
+_PEER_MEASURING, _SWEEP_POINT = 1.25, 0.65
+#: Of a head that was just trained; measuring it is a point of the frontier.
+_TRAINED_STRENGTH = 1.0
+#: Loading the peers' trainers, in seconds beyond loading the model.
+_PEER_LOADING_SECONDS = 8.0
+#: Ours ends by itself, so it may take this share of all training if it needs it; what it leaves goes to the peers.
+_OUR_SHARE = 0.5
+#: What a seed of ours may take beyond what the one before it took.
+_NEED = 1.3
 #: How far beyond the whole time a job may run: the command keeps its limit within 10 %.
 _OVERTIME = 1.06
 #: What a job may train beyond one and a half times its share, in seconds: it stops by itself, but only between two steps.
@@ -118,7 +130,8 @@ class _Run:
         """Seconds for a job; None if there are too few left to begin it.
 
         What loading and measuring takes is set aside for all; the rest is divided by the methods' costs. Trainers that go on
-        for as long as there is time try their rates on one half of it, and the best one gets the other half.
+        for as long as there is time try their rates on one half of it, and the best one gets the other half. Ours comes
+        first and has a number of steps: it gets what it needs for them.
         """
         left, fixed = self.ends_at - time.time(), self._fixed().total
         if left < 0.7 * fixed:
@@ -129,11 +142,42 @@ class _Run:
             if other.method.is_endless
         }
         reserve = sum(method.cost * count for method, count in grids.items() if count > 1)
-        number = len(waiting) + sum(count > 1 for count in grids.values())
+        aside = sum(map(self._aside, waiting))
+        aside += sum(self._aside(rival) for rival in self._firsts() if grids.get(rival.method, 0) > 1)
         costs = sum(other.method.cost for other in waiting) + reserve
         if job.method.name == "base":
             return left
-        return min(left, fixed + max(0.0, left - number * fixed) * job.method.cost / costs)
+        pool = max(0.0, left - aside)
+        training = pool * job.method.cost / costs
+        if job.method.name == "tea":
+            ours = sum(other.method == job.method for other in waiting)
+            training = min(max(training, _OUR_SHARE * pool / ours), self._need(job.method))
+        return min(left, self._aside(job) + training)
+
+    def _aside(self, job: Job) -> float:
+        """Seconds of a job that are not training: loading, and measuring what was trained."""
+        fixed = self._fixed()
+        loading = _PEER_LOADING_SECONDS if job.method.is_peer else 0.0
+        return fixed.total + loading + self._measuring(job) - (fixed.measuring or 0.0)
+
+    def _measuring(self, job: Job) -> float:
+        """Seconds that measuring a job will take; 0 before the base model's is known."""
+        measuring = self._fixed().measuring or 0.0
+        swept = {*job.recipe.compare.strengths} - {0.0, _TRAINED_STRENGTH} if job.is_swept else ()
+        return measuring * ((_PEER_MEASURING if job.method.is_peer else 1.0) + _SWEEP_POINT * len(swept))
+
+    def _need(self, method: Method) -> float:
+        """Seconds of training and of points on the way that a seed needs, by one that was not cut; infinite before that."""
+        found = [outcome for job in self.planned if job.method == method and (outcome := job.outcome())]
+        whole = [outcome.result for outcome in found if outcome.result is not None and outcome.reason is None]
+        point = self._fixed().point or 0.0
+        return max(
+            (_NEED * (seed.train_seconds + point * len(seed.curve)) for seed in whole), default=math.inf
+        )
+
+    def _firsts(self) -> list[Job]:
+        """The first job of each method."""
+        return list({job.method: job for job in reversed(self.planned)}.values())
 
     def _continue_best(self) -> None:
         """Give the time that is left to the best rate of each method that could use more."""
@@ -141,18 +185,20 @@ class _Run:
             job for method in {job.method: None for job in self.planned} for job in self._to_continue(method)
         ]
         while best:
-            left, fixed = self.ends_at - time.time(), self._fixed().total
-            training = (left - len(best) * fixed) * best[0].method.cost / sum(job.method.cost for job in best)
+            left, aside = self.ends_at - time.time(), sum(map(self._aside, best))
+            training = (left - aside) * best[0].method.cost / sum(job.method.cost for job in best)
             job = best.pop(0)
-            if training > 0.5 * fixed:
-                self._do(job, fixed + training, continued=True)
+            if training > 0.5 * self._aside(job):
+                self._do(job, self._aside(job) + training, continued=True)
         for job in self.planned:
             _remove_checkpoint(job)
 
     def _to_continue(self, method: Method) -> list[Job]:
         """Jobs of a method's best rate whose time was used up."""
         own = [(job, outcome) for job in self.planned if job.method == method and (outcome := job.outcome())]
-        rate = best_rate([outcome for _, outcome in own])
+        rate = best_rate(
+            [outcome for _, outcome in own], self.planned[0].outcome(), self.request.recipe.compare.guards
+        )
         return [
             job for job, _ in own if job.learning_rate == rate and (job.folder / CHECKPOINT_NAME).is_dir()
         ]
@@ -161,7 +207,7 @@ class _Run:
         now, fixed = time.time(), self._fixed()
         self.watcher.on_job(job, seconds, continued)
         arguments = [f"--ends-at={now + seconds}"] + (["--resume"] if continued else [])
-        for name, value in (("measuring", fixed.measuring), ("point", fixed.point)):
+        for name, value in (("measuring", self._measuring(job) or None), ("point", fixed.point)):
             arguments += [] if value is None else [f"--{name}={value}"]
         kill_at = self.started + _OVERTIME * self.request.max_seconds
         before = job.outcome()

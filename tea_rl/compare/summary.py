@@ -8,9 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from tea_rl.compare.intervals import Interval, interval, paired_difference
-from tea_rl.compare.results import LOWER_IS_BETTER, Guards, MethodResult, Metrics, Results, SeedResult
+from tea_rl.compare.results import LOWER_IS_BETTER, MethodResult, Metrics, Results, SeedResult
+from tea_rl.recipe_compare import Guards
 
 BASE, OURS = "base", "tea"
+#: Kinds of concern that put a method behind all others.
+UNSOUND = ("hacking", "diversity")
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class Row:
     @property
     def sound(self) -> bool:
         """No metric that its reward does not pay for speaks against it."""
-        return not any(warning.kind in ("hacking", "diversity") for warning in self.warnings)
+        return not any(warning.kind in UNSOUND for warning in self.warnings)
 
     @property
     def trained(self) -> bool:
@@ -146,6 +149,15 @@ def summarise(results: Results) -> Summary:
         general.append(Concern("", "base", text))
     best = ranked[0].name if ranked and ranked[0].sound and not math.isnan(ranked[0].reward.mean) else None
     return Summary(ordered, general + [warning for row in ordered for warning in row.warnings], best)
+
+
+def unsound_reasons(seeds: Sequence[SeedResult], base: Sequence[SeedResult], guards: Guards) -> list[str]:
+    """Why a ranking would put these runs behind all others: hacked reward or lost diversity; empty if nothing is known."""
+    if not seeds or not base:
+        return []
+    method, original = (MethodResult(name="", status="done", seeds=list(runs)) for runs in (seeds, base))
+    found = _against_base(_row(method, original, []), _row(original, original, []), guards)
+    return [text.removeprefix(": ").rstrip(".") for kind, text in found if kind in UNSOUND]
 
 
 def _row(method: MethodResult, base: MethodResult | None, levels: Sequence[float]) -> Row:

@@ -242,6 +242,7 @@ def _tried(method: str, one: Tried, shown: float | None, count: int) -> str:
     reward = _DASH if one.reward is None else figure(one.reward)
     seconds = _DASH if one.seconds is None else duration(one.seconds)
     outcome = STATUS_WORDS[one.status] + (f": {escape(one.reason)}" if one.reason else "")
+    outcome += f"; passed over: {escape(one.passed_over)}" if one.passed_over else ""
     chosen = one.status == "done" and one.learning_rate == shown and count > 1
     mark = '<span class="tag soft">shown</span>' if chosen else ""
     return (
@@ -337,7 +338,7 @@ def _sooner(found: AgainstPeer) -> str:
     if math.isnan(found.sooner):
         return _DASH
     return (
-        f"&gt; {found.sooner:.1f}&times; <small>never there</small>"
+        f"at least {found.sooner:.1f}&times; <small>not reached within {found.peer_seconds:.0f} s</small>"
         if found.peer_never
         else _times(found.sooner)
     )

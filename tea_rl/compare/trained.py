@@ -57,7 +57,7 @@ class Trained:
 
     Attributes:
         model: the policy, for ``generate``.
-        base: the base model to compare it with; made when it is first needed.
+        base: the base model to compare it with, made when it is first needed; None where the model is it.
         course: of the training.
         trainable_parameters: how many.
         size_on_disk_bytes: of what is saved, without the base model.
@@ -65,7 +65,7 @@ class Trained:
     """
 
     model: Any
-    base: Callable[[], BaseModel]
+    base: Callable[[], BaseModel | None]
     course: Course
     trainable_parameters: int
     size_on_disk_bytes: int

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING
 
 from tea_rl.compare.course import Budget
 from tea_rl.compare.jobs import MEASURING_NAME, RUN_NAME, TIMES_NAME, Job, read_job
-from tea_rl.compare.results import JobResult, SeedResult, write_json
+from tea_rl.compare.results import FrontierPoint, JobResult, SeedResult, write_json
 from tea_rl.errors import TeaError
 from tea_rl.evaluation.metrics import mean
 from tea_rl.training.files import atomic_write_text
 
 if TYPE_CHECKING:
+    from tea_rl.compare.measure import Measured, MeasureSettings
     from tea_rl.compare.trained import Start, Trained
 
 
@@ -40,7 +41,7 @@ def run_job(job: Job, budget: Budget, resume: bool = False) -> JobResult:
     import psutil
     import torch
 
-    from tea_rl.compare.measure import measure, measure_frontier, measure_settings
+    from tea_rl.compare.measure import measure, measure_settings
 
     if job.recipe.train.num_threads is not None:
         torch.set_num_threads(job.recipe.train.num_threads)
@@ -52,17 +53,11 @@ def run_job(job: Job, budget: Budget, resume: bool = False) -> JobResult:
     base = trained.base()
     best_of = job.recipe.rollout.num_generations if job.method.name == "best-of-n" else 1
     settings = measure_settings(job.recipe, start.backbone, best_of=best_of)
-    given = (trained.model, start.backbone.tokenizer, base, start.held_out, start.rewards)
+    given = (start.held_out, start.rewards, settings)
     began = time.perf_counter()
-    measured = measure(*given, settings, head=trained.head, notify=print)
+    measured = measure(trained.model, start.backbone.tokenizer, base, *given, head=trained.head, notify=print)
     seconds = time.perf_counter() - began
-    frontier = []
-    if (
-        trained.head is not None
-        and job.seed == job.recipe.compare.seeds[0]
-        and _is_time_left(job, budget, seconds)
-    ):
-        frontier = measure_frontier(trained.head, *given, settings, job.recipe.compare.strengths)
+    frontier = _frontier(job, budget, trained, start, measured, settings) if job.is_swept else []
     if job.method.name == "base":
         total = time.time() - psutil.Process().create_time()
         times = {"total": total, "measuring": seconds, "point": trained.course.point_seconds}
@@ -90,7 +85,6 @@ def run_job(job: Job, budget: Budget, resume: bool = False) -> JobResult:
 def _trained(job: Job, budget: Budget, resume: bool) -> tuple[Trained, Start]:
     """Load and train."""
     from tea_rl.backbone import load_backbone
-    from tea_rl.compare.measure import separate_base
     from tea_rl.compare.trained import Start, Trained
     from tea_rl.rewards import load_rewards
     from tea_rl.training.online import OnlineTrainer, prepare_prompts
@@ -117,12 +111,38 @@ def _trained(job: Job, budget: Budget, resume: bool) -> tuple[Trained, Start]:
         return train_peer(job, start, earlier), start
     course = start.course(backbone.model)
     course.begin()
-    return Trained(backbone.model, lambda: separate_base(backbone.model), course, 0, 0), start
+    return Trained(backbone.model, lambda: None, course, 0, 0), start
 
 
-def _is_time_left(job: Job, budget: Budget, measuring: float) -> bool:
-    """Whether the strengths can be measured: each takes less than measuring everything."""
-    return time.time() + 0.6 * measuring * len(job.recipe.compare.strengths) < budget.ends_at
+def _frontier(
+    job: Job, budget: Budget, trained: Trained, start: Start, measured: Measured, settings: MeasureSettings
+) -> list[FrontierPoint]:
+    """Reward and KL along the strengths.
+
+    What was just measured is the point at the head's own strength, and the base model's job has measured strength 0, so that
+    even without time for more there is a line to read.
+    """
+    from tea_rl.compare.measure import measure_frontier
+
+    head, kl = trained.head, measured.metrics.kl
+    if head is None or kl is None:
+        return []
+    known = [FrontierPoint(strength=head.strength, reward=mean(measured.metrics.reward_sampled), kl=kl.value)]
+    original = job.base_outcome()
+    if original is not None and original.result is not None:
+        reward = mean(original.result.metrics.reward_sampled)
+        known.append(FrontierPoint(strength=0.0, reward=reward, kl=0.0))
+    return measure_frontier(
+        head,
+        trained.model,
+        start.backbone.tokenizer,
+        start.held_out,
+        start.rewards,
+        settings,
+        job.recipe.compare.strengths,
+        known,
+        lambda seconds: time.time() + seconds < budget.ends_at,
+    )
 
 
 def peak_memory_bytes() -> int | None:

@@ -12,7 +12,7 @@ from tea_rl.errors import TeaError
 from tea_rl.head.config import HeadConfig
 from tea_rl.head.full_vocabulary import Scales, fused_terms
 from tea_rl.head.logits import CorrectedLogits
-from tea_rl.head.policy import PolicyTerms, Shortlist, action_logps, entropy
+from tea_rl.head.policy import PolicyTerms, Shortlist, action_logps, entropy, expected_value
 from tea_rl.head.returns import shared_work
 from tea_rl.head.sampled import sampled_terms
 from tea_rl.objectives.anchor import divergence
@@ -100,6 +100,7 @@ class TeaHead(CorrectedLogits):
         temperature: float = 1.0,
         anchor: str = "reverse_kl",
         returns: Tensor | None = None,
+        token_values: Tensor | None = None,
     ) -> PolicyTerms:
         """What a loss needs of recorded tokens, the way ``shortlist_size`` asks for; differentiable.
 
@@ -110,9 +111,10 @@ class TeaHead(CorrectedLogits):
 
         Args:
             returns: desired return of each token's completion, ``(N,)`` or ``()``, NaN where unknown; None: the one set.
+            token_values: worth of every token of the vocabulary, ``(V,)``, whose expectation is wanted; a shortlist is needed.
 
         Returns:
-            four times ``(N,)``, in the order of the batch.
+            four or five times ``(N,)``, in the order of the batch.
 
         Raises:
             TeaError: if the batch's shortlist is of another size than the head's, or the returns do not fit.
@@ -146,6 +148,7 @@ class TeaHead(CorrectedLogits):
             anchor,
             at,
             asked,
+            token_values,
         )
 
     def shortlist_terms(
@@ -158,6 +161,7 @@ class TeaHead(CorrectedLogits):
         anchor: str = "reverse_kl",
         at: Tensor | None = None,
         returns: Tensor | None = None,
+        token_values: Tensor | None = None,
     ) -> PolicyTerms:
         """Log-probability of the actions, anchor, exact KL to the original model and entropy, from cached shortlists.
 
@@ -170,7 +174,7 @@ class TeaHead(CorrectedLogits):
         """
         delta, shift = self.shortlist_correction(hidden_states, shortlist.ids, returns)
         return self.terms_of_correction(
-            delta, shift, shortlist, slots, within_tail_logps, temperature, anchor, at
+            delta, shift, shortlist, slots, within_tail_logps, temperature, anchor, at, token_values
         )
 
     def terms_of_correction(
@@ -183,6 +187,7 @@ class TeaHead(CorrectedLogits):
         temperature: float = 1.0,
         anchor: str = "reverse_kl",
         at: Tensor | None = None,
+        token_values: Tensor | None = None,
     ) -> PolicyTerms:
         """`shortlist_terms` from what `shortlist_correction` returned, for callers that compute it for many heads at once.
 
@@ -195,9 +200,11 @@ class TeaHead(CorrectedLogits):
         kl = divergence("reverse_kl", logits, base, logps, base_logps)
         penalty = kl if anchor == "reverse_kl" else divergence(anchor, logits, base, logps, base_logps)
         spread = entropy(logps, shortlist.tail_entropy)
+        value = None if token_values is None else expected_value(logps, token_values[shortlist.ids])
         if at is not None:
             logps, penalty, kl, spread = logps[at], penalty[at], kl[at], spread[at]
-        return PolicyTerms(action_logps(logps, slots, within_tail_logps), penalty, kl, spread)
+            value = value if value is None else value[at]
+        return PolicyTerms(action_logps(logps, slots, within_tail_logps), penalty, kl, spread, value)
 
     def full_terms(
         self,

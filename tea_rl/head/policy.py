@@ -27,12 +27,20 @@ _GATHER_ROWS = 64
 
 
 class PolicyTerms(NamedTuple):
-    """Per-token quantities of the policy at ``N`` positions, each ``(N,)`` float32, in nats."""
+    """Per-token quantities of the policy at ``N`` positions, each ``(N,)`` float32, in nats.
+
+    ``value`` is the expected value of the next token, where values of tokens were given; it has their unit.
+    """
 
     logps: Tensor
     anchor: Tensor
     kl: Tensor
     entropy: Tensor
+    value: Tensor | None = None
+
+    def select(self, index: Tensor | slice) -> PolicyTerms:
+        """The same of some positions."""
+        return PolicyTerms(*(None if term is None else term[index] for term in self))  # type: ignore[arg-type]
 
 
 class Shortlist(NamedTuple):
@@ -98,6 +106,15 @@ def entropy(slot_logps: Tensor, tail_entropy: Tensor | None) -> Tensor:
     return own if tail_entropy is None else own + slot_logps[:, -1].exp() * tail_entropy
 
 
+def expected_value(slot_logps: Tensor, values: Tensor) -> Tensor:
+    """Expectation under the policy of what the shortlist's tokens are worth; the tail counts as worth 0.
+
+    Shape:
+        slot_logps ``(N, k + 1)``; values ``(N, k)``; returns ``(N,)``.
+    """
+    return torch.linalg.vecdot(slot_logps[:, :-1].exp(), values)
+
+
 class _ShortlistProduct(torch.autograd.Function):
     """``out[n, j] = weight[ids[n, j]] . g[n]``; both passes read the rows where they lie, none are gathered.
 
@@ -107,7 +124,9 @@ class _ShortlistProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, g: Tensor, weight: Tensor, ids: Tensor) -> Tensor:  # noqa: ANN001
         ctx.save_for_backward(g, weight, ids)
-        return _sampled_product(g, weight, ids) if _reads_in_place(weight) else _gathered_product(g, weight, ids)
+        return (
+            _sampled_product(g, weight, ids) if _reads_in_place(weight) else _gathered_product(g, weight, ids)
+        )
 
     @staticmethod
     def backward(ctx, grad_out: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # noqa: ANN001

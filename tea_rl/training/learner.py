@@ -36,7 +36,13 @@ class Learner(HeadOptimizer):
     Arguments are those of `HeadOptimizer`; ``total_steps`` counts outer steps.
     """
 
-    def update(self, tokens: TokenBatch, advantages: Tensor, generator: torch.Generator) -> UpdateReport:
+    def update(
+        self,
+        tokens: TokenBatch,
+        advantages: Tensor,
+        generator: torch.Generator,
+        token_values: Tensor | None = None,
+    ) -> UpdateReport:
         """One step: up to ``inner_epochs`` passes in shuffled minibatches.
 
         Stops early once KL(behaviour || policy) on a minibatch passes ``target_kl``; the first pass always completes.
@@ -47,6 +53,7 @@ class Learner(HeadOptimizer):
             tokens: ``N`` tokens with their behaviour log-probabilities.
             advantages: of each token, ``(N,)``.
             generator: orders the minibatches.
+            token_values: what every token of the vocabulary is worth, ``(V,)``, for ``objective.expected_gradient``.
 
         Raises:
             TeaError: after ``max_skipped_steps`` minibatches in a row with a loss or gradient that is not finite.
@@ -54,8 +61,8 @@ class Learner(HeadOptimizer):
 
         def part(index: Tensor) -> Part:
             batch = tokens.select(index)
-            terms = self._terms(batch)
-            return Part(terms.logps, batch.logps, advantages[index], terms.anchor)
+            terms = self._terms(batch, token_values)
+            return Part(terms.logps, batch.logps, advantages[index], terms.anchor, terms.value)
 
         return self._descend(len(tokens), self.objective.minibatch_tokens, part, generator)
 
@@ -77,7 +84,10 @@ class Learner(HeadOptimizer):
                 objective.clip_range,
                 objective.clip_range_high,
             )
-            loss = anchored_loss(surrogate.mean(), found.anchor.mean(), self.anchor.conservativity)
+            task = surrogate.mean()
+            if found.value is not None:
+                task = task - objective.expected_gradient * found.value.mean()
+            loss = anchored_loss(task, found.anchor.mean(), self.anchor.conservativity)
             norm = self.descend(loss)
             seen += len(index)
             losses.append(loss.item())
@@ -97,8 +107,8 @@ class Learner(HeadOptimizer):
             for index in torch.randperm(count, generator=generator).split(size):
                 yield index, epoch == 0
 
-    def _terms(self, batch: TokenBatch) -> PolicyTerms:
-        return self.head.terms(batch, self.temperature, self.anchor.divergence)
+    def _terms(self, batch: TokenBatch, token_values: Tensor | None = None) -> PolicyTerms:
+        return self.head.terms(batch, self.temperature, self.anchor.divergence, token_values=token_values)
 
     def _left_trust_region(self, part: Part) -> bool:
         target = self.objective.target_kl
@@ -112,3 +122,4 @@ class Part(NamedTuple):
     behaviour_logps: Tensor
     advantages: Tensor
     anchor: Tensor
+    value: Tensor | None = None

@@ -110,7 +110,7 @@ class OfflineLearner(HeadOptimizer):
         """``(task + c * anchor) / (1 + c)``, ``()``."""
         anchor = terms.anchor
         if batch.num_anchor:
-            anchor, terms = anchor[-batch.num_anchor :], PolicyTerms(*(term[batch.taught] for term in terms))
+            anchor, terms = anchor[-batch.num_anchor :], terms.select(batch.taught)
         if self.objective.name in ROW_OBJECTIVES:
             task = self._row_task(batch, terms)
         else:

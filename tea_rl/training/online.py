@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,6 +27,7 @@ from tea_rl.training.loop import TrainResult
 from tea_rl.training.progress import Listener
 from tea_rl.training.run_directory import RunDirectory
 from tea_rl.training.seeding import prompts_of_step, seed_step
+from tea_rl.training.token_value import TokenValue
 
 #: States of a step on which member disagreement is measured.
 _DISAGREEMENT_STATES = 64
@@ -100,6 +102,8 @@ class OnlineTrainer(GeneratingLoop):
                 f"{len(self.training_prompts)} training prompts; lower it or add prompts"
             )
         self._begin_learning(data_digest(self.training_prompts.prompts, self.held_out.prompts))
+        weighs = recipe.objective.expected_gradient > 0
+        self.token_value = TokenValue(self.head.weight) if weighs else None
 
     def _step(self, step: int) -> None:
         """Roll out, reward, advantage, update."""
@@ -123,7 +127,13 @@ class OnlineTrainer(GeneratingLoop):
         grouped = torch.tensor(rewards.total).view(len(prompts), -1)
         advantage = advantages(recipe.objective.name, grouped, recipe.objective.scale_rewards).flatten()
         token_advantage = advantage.to(self.backbone.device)[generated.tokens.rows]
-        report = self.learner.update(generated.tokens, token_advantage, generator)
+        values = None
+        if self.token_value is not None:
+            values = self.token_value.learn(
+                step, generated.tokens, torch.tensor(rewards.total), generated.prompt_index
+            )
+            values *= 1.0 - (step - 1) / self.total_steps  # sampled credit has the last word
+        report = self.learner.update(generated.tokens, token_advantage, generator, values)
 
         tokens = generated.tokens
         row = {
@@ -141,6 +151,7 @@ class OnlineTrainer(GeneratingLoop):
             "inner_epochs": report.inner_epochs,
             "skipped_steps": report.skipped_steps,
             "disagreement": self._disagreement(generated),
+            **({} if self.token_value is None else {"value_correlation": self.token_value.correlation}),
             "completion_length": generated.lengths.float().mean().item(),
             "finished": generated.finished.float().mean().item(),
             "tokens_per_second": len(tokens) / generation_seconds,
@@ -148,6 +159,16 @@ class OnlineTrainer(GeneratingLoop):
         }
         self._log(step, row)
         self.listener.on_step(row)
+
+    def _write_state(self, folder: Path) -> dict[str, Any]:
+        if self.token_value is not None:
+            self.token_value.save(folder)
+        return super()._write_state(folder)
+
+    def _load_state(self, state: dict[str, Any], folder: Path) -> None:
+        super()._load_state(state, folder)
+        if self.token_value is not None:
+            self.token_value.load(folder)
 
     def _disagreement(self, generated: Rollout) -> float:
         stride = max(1, len(generated.tokens) // _DISAGREEMENT_STATES)

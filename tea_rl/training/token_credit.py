@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from tea_rl.errors import TeaError
 from tea_rl.states.store import StateStore
+from tea_rl.training.ridge import ridge_weights
 
 NUM_FOLDS = 5
 #: Ridge penalties, as a share of the number of tokens (normalised features have variance 1).
@@ -127,10 +128,9 @@ class _Ridge:
         for number in range(NUM_FOLDS):
             others = torch.arange(NUM_FOLDS) != number
             matrix, vector, count = gram[others].sum(0), moment[others].sum(0), counts[others].sum()
-            values, vectors = torch.linalg.eigh(matrix)
-            turned = vectors.T @ vector
-            shrunk = [turned / (values.clamp(min=0.0) + share * count + 1e-6) for share in PENALTIES]
-            weights.append(vectors @ torch.stack(shrunk, dim=1))
+            weights.append(
+                ridge_weights(matrix, vector, count * torch.tensor(PENALTIES, dtype=torch.float64))
+            )
         return cls(torch.stack(weights), offset)
 
     def values(self, features: Tensor, folds: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class TurnLearner(Learner):
                 parts.append(self._written(tokens.select(free), advantages))
             if len(chosen := index[index >= written] - written):
                 parts.append(self._decided(choices.select(chosen), advantages))
-            return Part(*(torch.cat(column) for column in zip(*parts, strict=True)))
+            return Part(*(torch.cat(column) for column in zip(*(part[:4] for part in parts), strict=True)))
 
         tokens_each = max(1.0, (written + len(choices.tokens)) / (written + decided))
         size = max(1, round(self.objective.minibatch_tokens / tokens_each))

@@ -3,6 +3,7 @@
 import importlib.util
 import math
 
+import numpy as np
 import pytest
 import torch
 from tiny import EOS, save_tiny, tiny_backbone, tiny_tokenizer
@@ -21,7 +22,8 @@ from tea_rl.compare.measure import (
     separate_base,
     token_texts,
 )
-from tea_rl.compare.sampling import Completions, answer_logits, sample, score_completions
+from tea_rl.compare.results import FrontierPoint
+from tea_rl.compare.sampling import Completions, _Draw, answer_logits, sample, score_completions
 from tea_rl.data.prompts import Prompt
 from tea_rl.evaluation.evaluate import PromptSet
 from tea_rl.recipe import RewardSpec, parse_recipe
@@ -219,7 +221,42 @@ def test_sampling_repeats_and_leaves_the_global_generator_alone(backbone, prompt
     first = evaluate_reward(*arguments, settings(seed=1))
     assert torch.equal(torch.rand(3), expected)
     assert evaluate_reward(*arguments, settings(seed=1)) == first
-    assert evaluate_reward(*arguments, settings(seed=2)) != first
+    assert len({evaluate_reward(*arguments, settings(seed=seed)) for seed in range(6)}) > 3
+
+
+def test_completions_are_drawn_from_the_distribution(backbone, prompts):
+    """Against ``multinomial``'s frequencies in the first state, and at a temperature."""
+    with torch.no_grad():
+        (row,) = answer_logits(backbone.model, [(prompts.token_ids[0], [5])])[0].float()
+    drawn = sample(
+        backbone.model, prompts.token_ids[:1], num_generations=4000, max_new_tokens=1, temperature=0.5,
+        ending_token_ids=(1,), pad_token_id=0, seed=0,
+    )  # fmt: skip
+    counts = torch.bincount(torch.tensor([ids[0] for ids in drawn.token_ids]), minlength=len(row)) / 4000
+    expected = (row / 0.5).softmax(0)
+    error = (expected * (1 - expected) / 4000).sqrt()
+    assert ((counts - expected).abs() < 5 * error + 1e-3).all()
+    never = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).repeat(200, 1)
+    assert set(_Draw(1.0)(torch.zeros(200, 1), never).argmax(-1).tolist()) == {1, 3}
+
+
+def test_a_head_is_scored_in_one_pass_through_the_backbone(backbone, prompts):
+    """Both distributions come from it, and are those of asking the base model apart."""
+    head, passes = trained_head(backbone), []
+    drawn = Completions([[40, 41, 42], [50, 51]], [0, 2], 1.0)
+    backbone.install(head)
+    handle = backbone.model.register_forward_hook(lambda *_: passes.append(1))
+    try:
+        one = score_completions(backbone.model, None, prompts.token_ids, drawn, 0.8, head)
+        assert len(passes) == 1
+        two = score_completions(backbone.model, head_base(backbone, head), prompts.token_ids, drawn, 0.8)
+        assert len(passes) == 3
+    finally:
+        handle.remove()
+        backbone.uninstall()
+    for got, wanted in ((one.kl, two.kl), (one.gains, two.gains), (one.surprises, two.surprises)):
+        assert torch.allclose(torch.cat(got), torch.cat(wanted), atol=1e-5)
+    assert torch.cat(one.kl).mean() > 0.01
 
 
 def test_a_completion_ends_with_its_first_ending_token(backbone, prompts):
@@ -263,13 +300,21 @@ def test_the_frontier_begins_at_the_base_model(backbone, prompts, rewards):
     arguments = (backbone.model, backbone.tokenizer, head_base(backbone, head), prompts, rewards, settings())
     backbone.install(head)
     try:
-        points = measure_frontier(head, *arguments, [0.0, 0.5, 1.5])
+        known = [FrontierPoint(strength=0.9, reward=7.0, kl=0.01)]
+        others = (*arguments[:2], *arguments[3:])
+        points = measure_frontier(head, *others, [0.0, 0.5, 0.9, 1.5])
         assert head.strength == 0.9
         found = measure(*arguments, head=head)
+        # What is known is taken as it is, and without time nothing else is measured.
+        assert measure_frontier(head, *others, [0.0, 0.5, 0.9], known, lambda seconds: False) == known
+        assert measure_frontier(head, *others, [0.5, 0.9], known)[1] is known[0]
     finally:
         backbone.uninstall()
-    assert [point.strength for point in points] == [0.0, 0.5, 1.5]
-    assert points[0].kl == 0 < points[1].kl < points[2].kl
+    assert [point.strength for point in points] == [0.0, 0.5, 0.9, 1.5]
+    assert points[0].kl == 0 < points[1].kl < points[2].kl < points[3].kl
+    # The same samples: measuring a head tells its own point.
+    assert points[2].reward == pytest.approx(np.mean(found.metrics.reward_sampled))
+    assert points[2].kl == found.metrics.kl.value
     plain = evaluate_reward(backbone.model, backbone.tokenizer, prompts, rewards, settings())
     assert points[0].reward == pytest.approx(plain)
     # Independent members disagree by about the root of their number times the size of their mean.

@@ -9,6 +9,7 @@ import torch
 from tiny_jobs import job_of, tiny_recipe
 
 from tea_rl.backbone import load_backbone
+from tea_rl.compare import course
 from tea_rl.compare.course import Budget
 from tea_rl.compare.jobs import CURVE_NAME
 from tea_rl.compare.results import write_json
@@ -23,6 +24,25 @@ def folder(tmp_path_factory):
 
 def reward_of(result):
     return sum(result.metrics.reward_sampled) / len(result.metrics.reward_sampled)
+
+
+@pytest.fixture(autouse=True)
+def dense_curves(monkeypatch):
+    """Training a tiny model takes no longer than evaluating it: a point after each step all the same."""
+    monkeypatch.setattr(course, "_POINT_SPACING", 0.0)
+
+
+def test_slow_points_are_rarer(tmp_path, monkeypatch):
+    monkeypatch.setattr(course, "_POINT_SPACING", 4.0)
+    slow = course.Course(lambda: 0.5, 1e-9, Budget(), tmp_path / "curve.jsonl")
+    slow.begin()
+    slow.point_seconds = 1000.0
+    slow.add_seconds(3000.0)
+    slow.after_step(1, 8)
+    assert [point.step for point in slow.curve] == [0]
+    slow.add_seconds(1500.0)
+    slow.after_step(2, 16)
+    assert [point.step for point in slow.curve] == [0, 2]
 
 
 def test_the_base_model_is_measured_and_times_the_others(folder):

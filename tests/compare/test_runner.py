@@ -4,16 +4,20 @@ import json
 import os
 import time
 
+import numpy as np
 import pytest
 from tiny_jobs import REWARD, job_of, tiny_recipe
 
 import tea_rl.compare.runner as runner
+from tea_rl.compare.course import Budget
 from tea_rl.compare.jobs import plan
 from tea_rl.compare.methods import parse_methods
 from tea_rl.compare.process import Stopped, run_process
-from tea_rl.compare.results import CurvePoint, JobResult, Metrics, SeedResult, read_results
+from tea_rl.compare.results import CurvePoint, FrontierPoint, JobResult, Metrics, SeedResult, read_results
 from tea_rl.compare.watcher import Watcher
+from tea_rl.compare.worker import run_job
 from tea_rl.errors import TeaError
+from tea_rl.recipe_compare import Guards
 
 #: Wrong while it trains (groups of a whole step), right while it is measured.
 FAILS_IN_TRAINING = REWARD.replace(
@@ -170,7 +174,8 @@ def test_time_is_shared_out_and_what_is_left_goes_to_the_best_rate(tmp_path, mon
             times = {"total": 20.0, "measuring": 10.0, "point": 2.0}
             (job.folder / "times.json").write_text(json.dumps(times))
         else:
-            assert "--measuring=10.0" in arguments and "--point=2.0" in arguments
+            assert "--point=2.0" in arguments
+            assert f"--measuring={12.5 if job.method.is_peer else 10.0}" in arguments
         return done(
             job,
             rewards.get(job.learning_rate, 0.1),
@@ -191,6 +196,122 @@ def test_time_is_shared_out_and_what_is_left_goes_to_the_best_rate(tmp_path, mon
     assert grpo.learning_rate == 1e-3
     assert [(tried.learning_rate, tried.reward) for tried in grpo.tried] == [(1e-4, 0.2), (1e-3, 0.6)]
     assert not list((tmp_path / "out").glob("jobs/*/*/checkpoint"))
+
+
+def test_a_rate_that_hacks_its_reward_is_not_the_best_one(tmp_path, monkeypatch):
+    recipe = tiny_recipe(tmp_path, compare={"learning_rates": {"lora": [1e-4, 1e-3, 1e-2]}})
+    rewards = {1e-4: 0.4, 1e-3: 0.6, 1e-2: 0.9}
+    collapsed = [1e-2]
+
+    def instead(job, arguments, *limits):
+        outcome = done(
+            job, rewards.get(job.learning_rate, 0.1), job.method.is_peer and "--resume" not in arguments
+        )
+        if job.learning_rate in collapsed:
+            outcome.result.metrics.distinct_2 = 0.2
+        return outcome
+
+    def tried(output, recipe):
+        heard = Heard()
+        results, _ = compare(recipe, "grpo-lora", output, heard)
+        grpo = next(method for method in results.methods if method.name == "grpo-lora")
+        continued = [label for label, _, again in heard.began if again]
+        return results, grpo.learning_rate, [one.passed_over for one in grpo.tried], continued
+
+    monkeypatch.setattr(runner, "run_process", instead)
+    results, rate, why, continued = tried(tmp_path / "out", recipe)
+    assert rate == 1e-3 and continued == ["grpo-lora 0.001"]
+    assert why[:2] == [None, None] and why[2].startswith(
+        "diversity collapsed, distinct bigrams fell from 1.00 to"
+    )
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "; passed over: diversity collapsed" in page.split('<table id="tried">')[1].split("</table>")[0]
+
+    # Other guards judge what is there otherwise, and nothing is done again.
+    guards = {"diversity_floor": 0.1, "kl_budget": 0.5}
+    loose = tiny_recipe(tmp_path, compare={**recipe.compare.model_dump(), "guards": guards})
+    heard = Heard()
+    results, _ = compare(loose, "grpo-lora", tmp_path / "out", heard)
+    assert heard.began == [] and heard.kept == 4
+    assert results.guards.diversity_floor == 0.1 and results.guards.kl_budget == 0.5
+    assert read_results(tmp_path / "out").guards == results.guards
+    assert results.methods[1].learning_rate == 1e-2
+
+    collapsed += [1e-4, 1e-3]
+    _, rate, why, _ = tried(tmp_path / "all", recipe)
+    assert rate == 1e-2 and why == [None] * 3
+
+
+def test_the_frontier_of_ours_is_measured_though_its_training_was_cut(tmp_path):
+    """Without time for another strength there are still the base model's point and its own."""
+    groups = {"train": {"max_steps": 500}, "compare": {"seeds": [0, 1], "strengths": [0.0, 0.5, 1.0, 1.5]}}
+    recipe = tiny_recipe(tmp_path, **groups)
+    compare(recipe, "base", tmp_path / "out")
+    cut = Budget(ends_at=time.time() - 1.0, measuring=1.0, point=1.0)
+    job = job_of(recipe, "tea", tmp_path / "out")
+    outcome = run_job(job, cut)
+    assert outcome.reason.startswith("trained until its time was used up: 1 steps")
+    original = np.mean(job.base_outcome().result.metrics.reward_sampled)
+    metrics = outcome.result.metrics
+    assert outcome.result.frontier == [
+        FrontierPoint(strength=0.0, reward=original, kl=0.0),
+        FrontierPoint(strength=1.0, reward=np.mean(metrics.reward_sampled), kl=metrics.kl.value),
+    ]
+    ours = [job for job in plan(recipe, parse_methods("tea"), tmp_path / "out") if job.method.name == "tea"]
+    assert [job.is_swept for job in ours] == [True, False]
+
+
+def test_guards_of_a_recipe_are_checked_in_one_line(tmp_path):
+    assert tiny_recipe(tmp_path).compare.guards == Guards()
+    for guards, expected in (
+        ({"diversity_floor": 2}, r"compare.guards.diversity_floor: expected a number"),
+        ({"kl": 1}, r'unknown key "compare.guards.kl"'),
+    ):
+        with pytest.raises(TeaError, match=expected) as refused:
+            tiny_recipe(tmp_path, compare={"guards": guards})
+        assert "\n" not in str(refused.value)
+
+
+#: Seconds of the base model's job with a 135M model on two small cores: all of it, measuring it, a point of the curve.
+SMALL_MACHINE = {"total": 45.0, "measuring": 30.0, "point": 6.0}
+METHODS = "base,tea,grpo-lora,dpo-lora,sft-lora"
+
+
+def test_in_forty_minutes_ours_takes_all_its_steps_and_peers_the_rest(tmp_path, monkeypatch):
+    """A clock that is turned on by what each job would take; ours needs 18 steps of 10 s, and a point every 24 s or more."""
+    rates = {"learning_rates": {"lora": [1e-4, 3e-4, 1e-3]}, "seeds": [0, 1, 2]}
+    recipe = tiny_recipe(tmp_path, compare={**rates, "strengths": [0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5]})
+    clock, granted, trained = [1_000_000.0], {}, {}
+
+    def instead(job, arguments, *limits):
+        seconds = next(float(a.partition("=")[2]) for a in arguments if a.startswith("--ends-at")) - clock[0]
+        name, total, measuring, point = job.method.name, *SMALL_MACHINE.values()
+        if name == "base":
+            (job.folder / "times.json").write_text(json.dumps(SMALL_MACHINE))
+            clock[0] += total
+            return done(job, 0.1)
+        kept = total - measuring + (10.0 if job.method.is_peer else 0.0)
+        kept += measuring * (1.0 + 0.25 * job.method.is_peer + 5 * 0.65 * job.is_swept)
+        granted[job.label] = seconds
+        room = seconds - kept
+        if name == "tea":
+            room = min(room, 180.0 + 7 * point)
+        trained[job.label] = trained.get(job.label, 0.0) + room * 24.0 / 30.0
+        clock[0] += kept + room
+        outcome = done(job, 0.5, name == "grpo-lora" and "--resume" not in arguments)
+        outcome.result.train_seconds = 180.0
+        outcome.result.curve *= 8
+        return outcome
+
+    monkeypatch.setattr(runner, "run_process", instead)
+    monkeypatch.setattr(runner.time, "time", lambda: clock[0])
+    compare(recipe, METHODS, tmp_path / "out", max_seconds=2400.0)
+    measuring, sweep, loading = 30.0, 5 * 0.65 * 30.0, 15.0
+    needed = 180.0 + 7 * 6.0 + measuring + loading
+    assert granted["tea"] >= needed + sweep
+    assert all(needed <= granted[f"tea seed {seed}"] <= 1.4 * needed for seed in (1, 2))
+    assert sum(trained.values()) >= 0.48 * 2400.0
+    assert clock[0] - 1_000_000.0 <= 1.02 * 2400.0
 
 
 def test_a_folder_with_something_else_in_it_is_refused(tmp_path, monkeypatch):

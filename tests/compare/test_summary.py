@@ -1,6 +1,7 @@
 """Who leads, what speaks against whom, and whether the claims hold."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -19,8 +20,12 @@ from comparisons import (
 
 from tea_rl.compare.claims import against_peer, judge_claims, reward_at_kl
 from tea_rl.compare.intervals import interval, paired_difference
-from tea_rl.compare.results import CurvePoint, FrontierPoint, Guards, KlEstimate
+from tea_rl.compare.results import CurvePoint, FrontierPoint, KlEstimate
 from tea_rl.compare.summary import level_time, summarise
+from tea_rl.compare.tables import peers_table
+from tea_rl.recipe_compare import Guards
+
+COLOURS = {name: "#000" for name in ("base", "tea", "grpo-lora")}
 
 
 def kinds(summary, name):
@@ -107,7 +112,15 @@ def test_claims_say_yes_no_or_that_they_cannot_tell():
 
     never = comparison(base(), tea(1), lora(reward=0.3))
     answer = judge_claims(never, summarise(never))[0]
-    assert answer.answer.endswith("times our time") and answer.holds in (True, None)
+    found = against_peer(summarise(never).row("tea"), summarise(never).row("grpo-lora"), 0.8)
+    bound = f"at least {found.sooner:.1f} times (not reached within 620 s)"
+    assert answer.answer == f"yes, {bound}" and found.sooner >= 8
+    (row,) = re.findall(r'<table id="peers">.*?</table>', peers_table(never, summarise(never), COLOURS))
+    assert f"at least {found.sooner:.1f}&times; <small>not reached within 620 s</small>" in row
+    for seed in never.methods[2].seeds:
+        seed.train_seconds = 100.0
+    answer = judge_claims(never, summarise(never))[0]
+    assert answer.holds is None and answer.answer.startswith("cannot be told, at least ")
 
     unasked = comparison(base(), tea(1), lora(), levels=[])
     assert judge_claims(unasked, summarise(unasked))[0].text.startswith("reward 0.8")
@@ -126,6 +139,41 @@ def test_reward_at_a_kl_is_read_off_the_frontier():
     assert reward_at_kl(frontier, 0.75) == pytest.approx(0.75)
     assert reward_at_kl(frontier, 9) == pytest.approx(0.7)
     assert math.isnan(reward_at_kl([], 0.5)) and math.isnan(reward_at_kl(frontier, math.nan))
+
+
+def equal_kl(*methods):
+    results = comparison(base(), *methods)
+    return judge_claims(results, summarise(results))[3]
+
+
+def test_reward_at_equal_kl_is_read_between_two_strengths_or_it_says_why_not():
+    """One seed alone was swept, and the peer's KL of 0.62 lies between 0.5 (strength 1) and 0.78125 (1.25)."""
+    ours = tea()
+    for seed in ours.seeds[1:]:
+        seed.frontier = []
+    line = {point.strength: point for point in ours.seeds[0].frontier}
+    low, high = line[1.0], line[1.25]
+    expected = low.reward + (0.62 - low.kl) / (high.kl - low.kl) * (high.reward - low.reward)
+    peer = lora()
+    difference = expected - np.mean(peer.seeds[0].metrics.reward_sampled)
+    claim = equal_kl(ours, peer)
+    assert claim.holds is bool(difference >= 0)
+    assert claim.answer.endswith(f", {difference:+.2f} at KL 0.62, between strength 1 and 1.25")
+
+    ours.seeds[0].frontier = [low]
+    assert equal_kl(ours, peer).answer.endswith("beyond our frontier: its last point has KL 0.5 (strength 1)")
+    ours.seeds[0].frontier = [high]
+    assert equal_kl(ours, peer).answer == (
+        "cannot be told, KL 0.62 of grpo-lora is below the smallest of our frontier, 0.78"
+    )
+    ours.seeds[0].frontier = []
+    claim = equal_kl(ours, peer)
+    assert (
+        claim.holds is None and claim.answer == "cannot be told, the strengths of our head were not measured"
+    )
+    ours.seeds[0].frontier = [low, high]
+    peer.seeds[0].metrics.kl = None
+    assert equal_kl(ours, peer).answer == "cannot be told, the KL of grpo-lora was not measured"
 
 
 def test_intervals_cover_the_truth_as_often_as_they_say():

@@ -1,0 +1,162 @@
+"""Values of tokens: they are found, are silent where there is nothing to find, and the policy follows them."""
+
+import hashlib
+
+import pytest
+import torch
+import yaml
+from tiny import save_tiny, tiny_backbone
+
+from tea_rl import load_recipe, train
+from tea_rl.errors import TeaError
+from tea_rl.head.config import HeadConfig
+from tea_rl.head.layer import TeaHead
+from tea_rl.recipe import AnchorConfig, ObjectiveConfig, TrainConfig
+from tea_rl.rollout import DecodeSettings, generate
+from tea_rl.rollout.trajectory import TokenBatch
+from tea_rl.training.learner import Learner
+from tea_rl.training.token_value import TokenValue
+
+VOCABULARY, WIDTH, LENGTH = 60, 24, 10
+GOOD = 5  # tokens 0..4 are good, and so is 5, which is like them but is never sampled
+
+
+def vocabulary():
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(VOCABULARY, WIDTH, generator=draw)
+    weight[: GOOD + 1] = 2 * torch.randn(1, WIDTH, generator=draw) + 0.7 * weight[: GOOD + 1]
+    return weight + 3.0  # a mean that is not 0 must not matter
+
+
+def rollout(step, groups=8, each=8):
+    """Random tokens but 5; ``(tokens, group of each completion, good tokens in each)``."""
+    draw = torch.Generator().manual_seed(100 + step)
+    count = groups * each
+    actions = torch.randint(0, VOCABULARY - 1, (count * LENGTH,), generator=draw)
+    actions += actions >= GOOD
+    rows = torch.arange(count).repeat_interleave(LENGTH)
+    empty = torch.zeros(len(actions))
+    tokens = TokenBatch(empty, None, actions, *(empty,) * 7, rows=rows, positions=empty)
+    good = torch.zeros(count).index_add_(0, rows, (actions < GOOD).float())
+    return tokens, torch.arange(count) // each, good
+
+
+def test_good_tokens_are_found_and_those_like_them():
+    critic, noise = TokenValue(vocabulary()), torch.Generator().manual_seed(1)
+    for step in (1, 2, 3, 4):
+        tokens, groups, good = rollout(step)
+        # What a prompt is worth differs from prompt to prompt, and says nothing of its tokens.
+        rewards = good + 5.0 * (groups % 3) + 0.5 * torch.randn(len(good), generator=noise)
+        values = critic.learn(step, tokens, rewards, groups)
+    assert critic.correlation > 0.5
+    assert values[:GOOD].min() > values[GOOD + 1 :].median() + 1.0
+    assert values[GOOD] > values[GOOD + 1 :].median() + 1.0
+    assert values[tokens.actions].mean().abs() < 1e-5
+    assert values[tokens.actions].std().item() == pytest.approx(critic.correlation, rel=1e-4)
+
+
+def test_what_cannot_be_told_is_worth_nothing():
+    tokens, groups, good = rollout(1)
+    for rewards, names in (
+        (torch.ones(len(good)), groups),
+        (5.0 * (groups % 3), groups),  # all of a group alike
+        (good, torch.zeros_like(groups)),  # a single group: nothing to check the critic with
+    ):
+        critic = TokenValue(vocabulary())
+        assert not critic.learn(1, tokens, rewards, names).any()
+        assert critic.correlation == 0
+
+
+def test_noise_speaks_softly():
+    found = []
+    for seed in range(5):
+        tokens, groups, good = rollout(seed)
+        critic = TokenValue(vocabulary())
+        critic.learn(1, tokens, torch.randn(len(good), generator=torch.Generator().manual_seed(seed)), groups)
+        found.append(critic.correlation)
+    assert sum(found) / len(found) < 0.2
+
+
+def test_what_is_kept_is_bounded_and_comes_back(tmp_path):
+    critic, again = TokenValue(vocabulary()), TokenValue(vocabulary())
+    for step in range(1, 24):
+        tokens, groups, good = rollout(step)
+        critic.learn(step, tokens, good, groups)
+    assert len(critic._kept["rewards"]) == 20 * len(good)
+    critic.save(tmp_path)
+    again.load(tmp_path)
+    tokens, groups, good = rollout(24)
+    assert torch.equal(critic.learn(24, tokens, good, groups), again.learn(24, tokens, good, groups))
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    return tiny_backbone(tmp_path_factory.mktemp("model"))
+
+
+def head_and_tokens(backbone):
+    head = TeaHead.for_backbone(backbone, HeadConfig(hidden_sizes=[16], shortlist_size=24))
+    torch.nn.init.normal_(head.members.readout, std=0.05, generator=torch.Generator().manual_seed(0))
+    head.eval()
+    prompts = [backbone.tokenizer(text).input_ids for text in ("one", "another")]
+    return head, generate(backbone, head, prompts, DecodeSettings(8, 12)).tokens
+
+
+def test_expected_value_is_that_of_the_policy(backbone):
+    head, tokens = head_and_tokens(backbone)
+    values = torch.randn(backbone.vocab_size, generator=torch.Generator().manual_seed(0))
+    found = head.terms(tokens, token_values=values).value
+    whole = head(tokens.states)
+    kept = torch.zeros_like(whole).scatter_(1, tokens.shortlist.ids, values[tokens.shortlist.ids])
+    torch.testing.assert_close(found, (whole.softmax(-1) * kept).sum(-1), rtol=1e-4, atol=1e-5)
+    assert head.terms(tokens).value is None
+
+
+def test_the_policy_follows_the_values_alone(backbone):
+    head, tokens = head_and_tokens(backbone)
+    values = torch.where(torch.arange(backbone.vocab_size) % 2 == 0, 1.0, -1.0)
+    before = head.terms(tokens, token_values=values).value.mean()
+    objective = ObjectiveConfig(
+        name="grpo", expected_gradient=1.0, inner_epochs=10, minibatch_tokens=64, target_kl=None
+    )
+    learner = Learner(
+        head, objective, AnchorConfig(), TrainConfig(learning_rate=3e-3, warmup_steps=0), 1.0, total_steps=1
+    )
+    learner.update(tokens, torch.zeros(len(tokens)), torch.Generator().manual_seed(0), values)
+    assert head.terms(tokens, token_values=values).value.mean() > before + 0.1
+
+
+def recipe(tmp_path, **changes):
+    settings = {
+        "model": {"name_or_path": str(save_tiny("llama", tmp_path / "model")), "dtype": "float32"},
+        "head": {"hidden_sizes": [16], "shortlist_size": 24, "dropout": 0.1},
+        "data": {"prompts": [f"prompt number {i}" for i in range(12)]},
+        "rewards": [{"name": "length", "kwargs": {"max": 4}}],
+        "rollout": {"prompts_per_step": 4, "num_generations": 4, "max_completion_length": 6},
+        "objective": {"name": "grpo", "expected_gradient": 0.8},
+        "train": {"max_steps": 6, "save_steps": 2, "eval_steps": 3, "num_threads": 1, "warmup_steps": 0},
+    }  # fmt: skip
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**settings, **changes}))
+    return str(path)
+
+
+def test_a_resumed_run_values_tokens_as_if_it_had_not_stopped(tmp_path):
+    path = recipe(tmp_path)
+    train(load_recipe(path), tmp_path / "whole")
+    asked = iter([False, False, False, True])
+    train(load_recipe(path), tmp_path / "cut", should_stop=lambda: next(asked))
+    train(load_recipe(path), tmp_path / "cut", resume=True)
+    whole, cut = (
+        hashlib.sha256((tmp_path / name / "head" / "tea_head.safetensors").read_bytes()).hexdigest()
+        for name in ("whole", "cut")
+    )
+    assert whole == cut
+
+
+@pytest.mark.parametrize("size", ["all", "auto"])
+def test_a_shortlist_is_needed(tmp_path, size):
+    with pytest.raises(TeaError, match=f"expected_gradient needs data.prompts and a number.* and {size};"):
+        load_recipe(recipe(tmp_path), [f"head.shortlist_size={size}"])
+    with pytest.raises(TeaError, match="expected_gradient needs data.prompts"):
+        load_recipe("guess-number", ["objective.expected_gradient=1"])
