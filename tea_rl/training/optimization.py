@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from tea_rl.errors import TeaError
 from tea_rl.head.layer import TeaHead
@@ -35,19 +36,12 @@ class HeadOptimizer:
         temperature: float,
         total_steps: int,
     ) -> None:
-        from transformers import get_scheduler
-
         self.head, self.objective, self.anchor, self.train = head, objective, anchor, train
         self.temperature = temperature
         self.optimizer = build_optimizer(head.trainable_parameters(), train)
         # Step n uses place n of the schedule, not n - 1: warm-up begins at 1/n and a decay ends at 1/n, where the first
         # or last step would otherwise be wasted at 0. Hence one place more, and one step ahead.
-        self.scheduler = get_scheduler(
-            train.lr_scheduler_type,
-            self.optimizer,
-            num_warmup_steps=train.warmup_steps,
-            num_training_steps=total_steps + 1,
-        )
+        self.scheduler = build_scheduler(self.optimizer, train, total_steps + 1)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch expects an optimizer step first
             self.scheduler.step()
@@ -57,7 +51,7 @@ class HeadOptimizer:
     @property
     def learning_rate(self) -> float:
         """Learning rate of the step under way."""
-        return self.scheduler.get_last_lr()[0]
+        return float(self.scheduler.get_last_lr()[0])
 
     def descend(self, loss: Tensor) -> float:
         """Clip and step, or skip the update if its loss or gradient is not finite. Returns the gradient norm.
@@ -118,6 +112,30 @@ class HeadOptimizer:
         for group, rate in zip(self.optimizer.param_groups, state["scheduler"]["_last_lr"], strict=True):
             group["lr"] = rate
         self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, train: TrainConfig, places: int) -> LambdaLR:
+    """The schedule a recipe names, as transformers defines it, over so many places.
+
+    The usual ones are spelt out: importing transformers' takes seconds, for its trainers' helpers and PEFT come along.
+    """
+    warmup = train.warmup_steps
+
+    def constant_with_warmup(place: int) -> float:
+        return place / warmup if place < warmup else 1.0
+
+    def linear(place: int) -> float:
+        falling = max(0.0, (places - place) / max(1, places - warmup))
+        return place / max(1, warmup) if place < warmup else falling
+
+    usual = {"constant_with_warmup": constant_with_warmup, "linear": linear}
+    if train.lr_scheduler_type in usual:
+        return LambdaLR(optimizer, usual[train.lr_scheduler_type])
+    from transformers import get_scheduler
+
+    return get_scheduler(
+        train.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=places
+    )
 
 
 def build_optimizer(parameters: list[torch.nn.Parameter], train: TrainConfig) -> torch.optim.Optimizer:

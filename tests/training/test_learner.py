@@ -12,6 +12,7 @@ from tea_rl.head.layer import TeaHead
 from tea_rl.recipe import AnchorConfig, ObjectiveConfig, TrainConfig
 from tea_rl.rollout import DecodeSettings, generate
 from tea_rl.training.learner import Learner
+from tea_rl.training.optimization import build_scheduler
 
 
 @pytest.fixture(scope="module")
@@ -148,3 +149,23 @@ def test_shared_states_change_no_gradient(backbone):
         mine, torch.autograd.grad((weights * (each.logps + each.kl)).sum(), parameters), strict=True
     ):
         torch.testing.assert_close(grad, reference, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["constant_with_warmup", "linear", "cosine"])
+@pytest.mark.parametrize(("warmup", "places"), [(0, 7), (3, 7), (7, 7), (9, 5)])
+def test_schedules_are_those_of_transformers(name, warmup, places):
+    from transformers import get_scheduler
+
+    def rates(make):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+        scheduler = make(optimizer)
+        found = []
+        for _ in range(places + 3):
+            optimizer.step()
+            found.append(scheduler.get_last_lr()[0])
+            scheduler.step()
+        return found
+
+    train = TrainConfig(lr_scheduler_type=name, warmup_steps=warmup)
+    theirs = rates(lambda o: get_scheduler(name, o, num_warmup_steps=warmup, num_training_steps=places))
+    assert rates(lambda o: build_scheduler(o, train, places)) == pytest.approx(theirs)
