@@ -5,7 +5,7 @@
 #   make test         install the test extra, run every test that is not slow
 #   make test-slow    the slow tests (kill and resume, ...)
 #   make lint         ruff and mypy
-#   make bench        decode and update against their peers (recipes: see benchmarks/recipes.py)
+#   make bench        every stage against its peer and the machine's limit (BENCH_ARGS=--quick: under 3 minutes)
 #   make clean        remove .venv and caches (runs/ stays)
 #
 # PYTHON=python3.12 chooses the interpreter, WORKERS=0 runs the tests in one process, where a debugger can stop. pip
@@ -15,6 +15,7 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 WORKERS ?= 2
+BENCH_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -40,8 +41,7 @@ lint: $(VENV)/.installed-$(or $(EXTRAS),dev)
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed-test $(VENV)/.installed-model
-	$(BIN)/python benchmarks/decode.py
-	$(BIN)/python benchmarks/update.py
+	$(BIN)/python benchmarks/suite.py $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

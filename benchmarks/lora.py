@@ -1,4 +1,4 @@
-"""LoRA through the peers' own code (TRL ``SFTTrainer`` + PEFT), for the comparisons of ``facts.py`` and ``offline.py``."""
+"""LoRA through the peers' own code (TRL's trainers + PEFT), for every comparison of the benchmarks."""
 
 from __future__ import annotations
 
@@ -7,16 +7,53 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
-def lora_model(rank: int = 16) -> tuple[Any, Any]:
-    """The packaged model with LoRA on all linear layers, and its tokenizer."""
-    from peft import LoraConfig, get_peft_model
+
+def lora_config(rank: int = 16) -> Any:
+    """LoRA on all linear layers."""
+    from peft import LoraConfig
+
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def lora_model(rank: int = 16, model: str = MODEL, dtype: str = "auto") -> tuple[Any, Any]:
+    """A model of its own with LoRA on all linear layers, and its tokenizer."""
+    from peft import get_peft_model
 
     from tea_rl import load_backbone
 
-    backbone = load_backbone("HuggingFaceTB/SmolLM2-135M-Instruct")
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(backbone.model, config), backbone.tokenizer
+    backbone = load_backbone(model, dtype=dtype)
+    return get_peft_model(backbone.model, lora_config(rank)), backbone.tokenizer
+
+
+def settings(folder: str, dtype: Any, **more: Any) -> dict[str, Any]:
+    """Arguments that every trainer gets; what makes the peers faster here is on: no checkpointing, their fastest format."""
+    import torch
+
+    return {
+        "output_dir": folder,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "bf16": dtype is torch.bfloat16,
+        "gradient_checkpointing": False,
+        **more,
+    }
+
+
+def quiet(trainer: Any) -> Any:
+    """The trainer without its printed rows; the figures are the output here."""
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _never(model: Any, seconds: float, epoch: int) -> bool:
+    return False
 
 
 def sft(
@@ -24,20 +61,46 @@ def sft(
     learning_rate: float,
     epochs: int,
     batch_size: int,
-    after_epoch: Callable[[Any, float, int], bool] = lambda model, seconds, epoch: False,
+    after_epoch: Callable[[Any, float, int], bool] = _never,
+    **load: str,
 ) -> dict[str, Any]:
-    """Fine-tune LoRA r=16 on prompt/completion rows and return seconds of training, tokens read and the model.
+    """Fine-tune LoRA r=16 on prompt/completion rows and return seconds of training and the model.
 
     Args:
         rows: ``{"prompt": ..., "completion": ...}``; the loss is on the completion alone.
         after_epoch: called with the model, the seconds of training so far (its own time is not counted) and the epoch;
             True ends the run.
+        load: ``model`` and ``dtype`` of `lora_model`.
     """
-    from datasets import Dataset
-    from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    model, tokenizer = lora_model()
+    return _fine_tune(SFTTrainer, SFTConfig, rows, learning_rate, epochs, batch_size, after_epoch, load)
+
+
+def dpo(
+    rows: list[dict[str, str]], learning_rate: float, epochs: int, batch_size: int, **load: str
+) -> dict[str, Any]:
+    """The same with ``DPOTrainer`` on ``{"prompt", "chosen", "rejected"}``; the adapter switched off is the reference."""
+    from trl import DPOConfig, DPOTrainer
+
+    return _fine_tune(DPOTrainer, DPOConfig, rows, learning_rate, epochs, batch_size, _never, load)
+
+
+def _fine_tune(
+    trainer_class: Any,
+    config_class: Any,
+    rows: list[dict[str, str]],
+    learning_rate: float,
+    epochs: int,
+    batch_size: int,
+    after_epoch: Callable[[Any, float, int], bool],
+    load: dict[str, str],
+) -> dict[str, Any]:
+    from datasets import Dataset, disable_progress_bars
+    from transformers import TrainerCallback
+
+    disable_progress_bars()
+    model, tokenizer = lora_model(**load)
     clock = {"started": 0.0, "paused": 0.0}
 
     class Clock(TrainerCallback):
@@ -54,30 +117,23 @@ def sft(
             return control
 
     with tempfile.TemporaryDirectory() as folder:
-        config = SFTConfig(
-            output_dir=folder,
+        config = config_class(
+            **settings(folder, model.get_base_model().dtype),
             learning_rate=learning_rate,
             num_train_epochs=epochs,
             per_device_train_batch_size=batch_size,
             lr_scheduler_type="constant_with_warmup",
             warmup_steps=5,
-            report_to="none",
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
             max_length=512,
         )
-        trainer = SFTTrainer(
+        trainer = trainer_class(
             model,
             args=config,
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
             callbacks=[Clock()],
         )
-        trainer.train()
+        quiet(trainer).train()
     return {"model": model, "seconds": time.perf_counter() - clock["started"] - clock["paused"]}
 
 

@@ -1,0 +1,189 @@
+"""What an update costs a token as data, vocabulary, states, ensemble and shortlist grow; random weights, no model.
+
+    python benchmarks/stage_scaling.py '{"vocabulary": 262144}'      # one child; the suite starts one for each size
+
+Every size runs in a process of its own, which also gives its peak memory. Vocabulary, hidden size, members and shortlist:
+updates of 2,048 tokens in memory. Tokens: steps at random places of a state store on disk, which is memory-mapped; it is
+written beforehand by this process, with random states and shortlists. There is no peer: the column ``base`` is the default
+size, and a ratio below 1 says how much dearer a token is than there.
+
+Limit: `limits.HeadWork.update` for the size; from the store, the states read as well.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import OURS, Figure, Setting, peak_memory_gb, run_child, seconds
+from limits import HeadWork, Work
+from torch import nn
+
+from tea_rl import HeadConfig, TeaHead
+from tea_rl.head.policy import Shortlist
+from tea_rl.recipe import AnchorConfig, ObjectiveConfig, Recipe, TrainConfig, parse_recipe
+from tea_rl.rollout.trajectory import TokenBatch
+from tea_rl.states import StateStore
+from tea_rl.states.manifest import StoreHeader
+from tea_rl.states.rows import StoredRow
+from tea_rl.states.writer import StoreWriter
+from tea_rl.training.learner import Learner
+from tea_rl.training.offline_data import OfflineData
+from tea_rl.training.offline_learner import OfflineLearner
+
+BASE = {"vocabulary": 49152, "hidden": 576, "members": 4, "shortlist": 128, "dtype": "float32"}
+_SIZES = {
+    "vocabulary": (32768, 131072, 262144),
+    "hidden": (1024, 2048, 4096),
+    "members": (1, 16, 64),
+    "shortlist": (32, 256, 1024),
+}
+#: One of each that a quick run has time for.
+_QUICK = {"vocabulary": (262144,), "hidden": (2048,), "members": (16,), "shortlist": (256,)}
+_TOKENS, _ROW_TOKENS, _PIECE, _MINIBATCH = 2048, 32, 32768, 512
+
+
+def run(setting: Setting) -> Iterator[Figure]:
+    """Measure the stage."""
+    base = {**BASE, "dtype": str(setting.backbone.dtype).removeprefix("torch.")}
+    repeats = setting.pick(2, 3)
+    memory = run_child("stage_scaling.py", json.dumps({**base, "repeats": repeats}))
+    yield _figure(setting, "default size", base, memory, memory)
+    for name, sizes in _SIZES.items():
+        for size in setting.pick(_QUICK[name], sizes):
+            wanted = {**base, name: size}
+            found = run_child("stage_scaling.py", json.dumps({**wanted, "repeats": repeats}))
+            yield _figure(setting, f"{name} {size}", wanted, found, memory)
+    counts = setting.pick((10**4, 10**5), (10**4, 10**5, 10**6)) + ((10**7,) if setting.huge else ())
+    first = None
+    for count in counts:
+        store = setting.folder / f"store-{count}"
+        write_random_store(store, count, base)
+        found = run_child("stage_scaling.py", json.dumps({**base, "store": str(store), "repeats": repeats}))
+        first = first or found
+        yield _figure(setting, f"tokens {count}", base, found, first)
+        for file in store.iterdir():  # gigabytes
+            file.unlink()
+
+
+def _figure(
+    setting: Setting, name: str, size: dict[str, Any], found: dict[str, Any], base: dict[str, Any]
+) -> Figure:
+    work = HeadWork(make_head(size, "meta"))
+    phases = work.update(_TOKENS, _TOKENS // _MINIBATCH)
+    if name.startswith("tokens"):
+        phases.append(Work(0, _TOKENS * work.state_bytes))
+    limit = setting.limits.seconds(phases) / _TOKENS * 1e6
+    values = {OURS: found["microseconds"]} | ({} if found is base else {"base": base["microseconds"]})
+    return Figure(name, "us/token", values, limit, {"peak_memory_gb": found["peak_memory_gb"]})
+
+
+def output_layer(size: dict[str, Any], device: str = "cpu") -> nn.Linear:
+    """A random one."""
+    torch.manual_seed(0)
+    dtype = getattr(torch, size["dtype"])
+    return nn.Linear(size["hidden"], size["vocabulary"], bias=False, device=device, dtype=dtype)
+
+
+def make_head(size: dict[str, Any], device: str = "cpu") -> TeaHead:
+    """A fresh head on a random output layer."""
+    layer = output_layer(size, device)
+    return TeaHead(layer, HeadConfig(num_members=size["members"], shortlist_size=size["shortlist"]))
+
+
+def random_tokens(count: int, size: dict[str, Any], generator: torch.Generator) -> TokenBatch:
+    """Tokens as a rollout would leave them, made up: no shortlist here was worth a product with the vocabulary."""
+    vocabulary, listed = size["vocabulary"], size["shortlist"]
+    first = torch.randint(vocabulary, (count, 1), generator=generator)
+    stride = 1 + torch.randint(vocabulary // listed - 1, (count, 1), generator=generator)
+    ids = (first + stride * torch.arange(listed)) % vocabulary  # no token twice
+    logits = torch.randn(count, listed, generator=generator).sort(dim=1, descending=True).values
+    slots = torch.randint(listed, (count,), generator=generator)
+    numbers = torch.arange(count)
+    zeros = torch.zeros(count)
+    shortlist = Shortlist(ids, logits, torch.full((count,), 2.0), torch.full((count,), 5.0))
+    logps = shortlist.slot_logits().log_softmax(-1).gather(1, slots.unsqueeze(1)).squeeze(1)
+    states = torch.randn(count, size["hidden"], generator=generator).to(getattr(torch, size["dtype"]))
+    actions = ids.gather(1, slots.unsqueeze(1)).squeeze(1)
+    return TokenBatch(
+        states, shortlist, actions, slots, zeros, logps, logps.clone(), zeros, zeros, numbers,
+        numbers // _ROW_TOKENS, numbers % _ROW_TOKENS,
+    )  # fmt: skip
+
+
+def write_random_store(path: Path, count: int, size: dict[str, Any]) -> None:
+    """A state store of ``count`` random tokens (whole rows of 32), with random rewards."""
+    generator = torch.Generator().manual_seed(0)
+    context = HeadConfig().context.model_dump()
+    keys = {name: "random" for name in ("base_model_name_or_path", "reference_digest", "body_digest")}
+    keys |= {"tokenizer_digest": "random", "rendering_digest": "random", "quantization": "none"}
+    keys |= {
+        "dtype": size["dtype"],
+        "temperature": 1.0,
+        "context": context,
+        "shortlist_size": size["shortlist"],
+    }
+    header = StoreHeader(
+        "dataset", keys, "random", size["hidden"], size["hidden"], size["vocabulary"], size["shortlist"], 1.0, 1.0
+    )  # fmt: skip
+    with StoreWriter.create_or_continue(path, header, output_layer(size)) as writer:
+        for start in range(0, count, _PIECE):
+            number = min(_PIECE, count - start) // _ROW_TOKENS
+            first = start // _ROW_TOKENS
+            rewards = torch.rand(number, generator=generator).tolist()
+            rows = [
+                StoredRow([0], "", "", reward=reward, group=first + at, source_row=first + at)
+                for at, reward in enumerate(rewards)
+            ]
+            writer.append(rows, random_tokens(number * _ROW_TOKENS, size, generator))
+        writer.finish()
+
+
+def child(size: dict[str, Any]) -> dict[str, Any]:
+    """Microseconds a token of every repeat, and the peak memory of this process."""
+    generator = torch.Generator().manual_seed(0)
+    if "store" in size:
+        measured = _from_store(Path(size["store"]), size["repeats"], generator)
+    else:
+        head = make_head(size)
+        tokens, advantage = random_tokens(_TOKENS, size, generator), torch.randn(_TOKENS)
+        objective = ObjectiveConfig(name="grpo", inner_epochs=1, minibatch_tokens=_MINIBATCH)
+        learner = Learner(head, objective, AnchorConfig(), TrainConfig(learning_rate=1e-5), 1.0, 10**6)
+        learner.update(tokens, advantage, generator)  # warms up
+        measured = [
+            seconds(lambda: learner.update(tokens, advantage, generator)) / _TOKENS * 1e6
+            for _ in range(size["repeats"])
+        ]
+    return {"microseconds": measured, "peak_memory_gb": round(peak_memory_gb(), 3)}
+
+
+def _from_store(path: Path, repeats: int, generator: torch.Generator) -> list[float]:
+    recipe: Recipe = parse_recipe(
+        {
+            "data": {"store": str(path), "eval_fraction": 0.0},
+            "objective": {"name": "reward_weighted", "minibatch_tokens": _MINIBATCH},
+            "train": {"learning_rate": 1e-5},
+        }
+    )
+    store = StateStore.open(path, verify=False)
+    data = OfflineData(store, recipe)
+    head = store.make_head(recipe.head)
+    learner = OfflineLearner(head, recipe.objective, recipe.anchor, recipe.train, 1.0, 10**6)
+    measured, steps = [], _TOKENS // _MINIBATCH
+    for repeat in range(repeats + 1):
+        count, started = 0, time.perf_counter()
+        for step in range(repeat * steps + 1, (repeat + 1) * steps + 1):
+            batch = data.batch(step, generator)
+            learner.update(batch)
+            count += len(batch)
+        measured.append((time.perf_counter() - started) / count * 1e6)
+    return measured[1:]  # the first warmed up
+
+
+if __name__ == "__main__":
+    print(json.dumps(child(json.loads(sys.argv[1]))))
