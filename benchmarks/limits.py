@@ -132,26 +132,31 @@ class ModelWork:
 
 
 class HeadWork:
-    """What a head's passes need: every weight of the members is used once a state, and a shortlist's rows are gathered.
+    """What a head's passes need: every weight of the members is used once a state, and a shortlist's rows are read.
 
-    An update adds the gradient of the weights (as many operations as the forward pass), the gradient of what enters a layer
-    (not of the first: the states are frozen), the rows gathered again for the backward pass, and AdamW's passes.
+    A row that several states of a batch list need be read once only, so that no batch reads more than the vocabulary. An update
+    adds the gradient of the weights (as many operations as the forward pass), the gradient of what enters a layer (not of the
+    first: the states are frozen), the rows read again for the backward pass, and AdamW's passes.
     """
 
     def __init__(self, head: TeaHead) -> None:
         self.weights = sum(parameter.numel() for parameter in head.members.parameters())
         self.first = head.members.weights[0].numel()
-        size = head.weight.shape[0] if head.full_vocabulary else int(head.shortlist_size)
-        self.gathered = size * head.weight.shape[1] * head.weight.element_size()
+        self.vocabulary = head.weight.shape[0]
+        self.listed = self.vocabulary if head.full_vocabulary else int(head.shortlist_size)
         self.state_bytes = head.weight.shape[1] * head.weight.element_size()
 
+    def read_bytes(self, states: float) -> float:
+        """Bytes of the vocabulary's rows that a batch of states reads."""
+        return min(states * self.listed, self.vocabulary) * self.state_bytes
+
     def decode(self, lengths: Tensor) -> list[Work]:
-        """The correction of every token sampled."""
+        """The correction of every token sampled; the first ones of a prompt's completions are counted each, though one would do."""
         phases = []
         for position in range(int(lengths.max())):
             rows = int((lengths > position).sum())
             phases.append(Work(2 * rows * self.weights, self.weights * _FLOAT_BYTES))
-            phases.append(Work(0, rows * self.gathered))
+            phases.append(Work(0, self.read_bytes(rows)))
         return phases
 
     def update(self, states: int, minibatches: int) -> list[Work]:
@@ -160,6 +165,6 @@ class HeadWork:
         passes = minibatches * self.weights * _FLOAT_BYTES
         return [
             Work(flops, 3 * passes + states * self.state_bytes),
-            Work(0, 2 * states * self.gathered),
+            Work(0, 2 * minibatches * self.read_bytes(states / minibatches)),
             Work(0, _ADAMW_PASSES * passes),
         ]

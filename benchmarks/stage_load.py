@@ -3,7 +3,8 @@
     python benchmarks/stage_load.py ours|transformers FOLDER DTYPE      # one child; the suite starts them
 
 Both children load the same dense model, import only what they need, and print once the token is there; the parent's clock
-runs from before the process exists. The model's files are in the system's cache from the first, uncounted round on.
+runs from before the process exists. The model's files are in the system's cache from the first round on, which
+counts with ``--quick`` only.
 
 Limit: the weights copied once, and the prompt once through the model.
 """

@@ -133,6 +133,11 @@ class Recipe(Group):
                 "objective.expected_gradient needs data.prompts and a number as head.shortlist_size, got "
                 f"{sources[0]} and {self.head.shortlist_size}; set them, or expected_gradient: 0."
             )
+        if self.objective.expected_gradient > 0 and self.rollout.num_generations == 1:
+            raise TeaError(
+                "objective.expected_gradient compares the completions of a prompt and needs rollout.num_generations of at least 2, "
+                "got 1; raise it, or set expected_gradient: 0."
+            )
         if self.anchor.dataset is not None and (not self.offline or self.anchor.conservativity == 0):
             lacks = "data.dataset or data.store" if not self.offline else "anchor.conservativity above 0"
             raise TeaError(

@@ -59,7 +59,7 @@ class CompareConfig(Group):
     curve_seconds: float = Field(
         8.0,
         gt=0.0,
-        description="Least seconds of training between two points of a curve, which take a fifth of the time at most.",
+        description="Least seconds of training between two points of a curve, which take a third of the time at most.",
     )
     curve_prompts: int = Field(
         32, ge=1, description="Held-out prompts of a point, one sampled completion each."

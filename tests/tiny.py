@@ -7,6 +7,7 @@ backbone = load_backbone(str(folder))
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -218,3 +219,17 @@ def tiny_backbone(folder: Path, family: str = "llama", **options: Any) -> Any:
     from tea_rl.backbone import load_backbone
 
     return load_backbone(str(save_tiny(family, folder, **options)), dtype="float32", device="cpu")
+
+
+def head_base(backbone, head):
+    """The original model behind a head that is installed, for `tea_rl.compare.measure`: the head is taken out and put back."""
+
+    @contextmanager
+    def base():
+        backbone.uninstall()
+        try:
+            yield backbone.model
+        finally:
+            backbone.install(head)
+
+    return base

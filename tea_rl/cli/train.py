@@ -71,6 +71,12 @@ def train(
         bool,
         typer.Option("--resume", help="Continue the run in --output from its newest complete checkpoint."),
     ] = False,
+    profile: Annotated[
+        bool,
+        typer.Option(
+            "--profile", help="Measure where the time goes, and show it in the report; slows a GPU down."
+        ),
+    ] = False,
 ) -> None:
     """Train a TEA head: with rewards on what it generates, in a text environment, or offline from labelled rows or stored states.
 
@@ -98,7 +104,9 @@ def train(
     from tea_rl.training.online import train as run_training
 
     with StopOnSignal() as stop, TrainingDisplay(stop) as display:
-        result = run_training(loaded, output, resume=resume, listener=display, should_stop=stop)
+        result = run_training(
+            loaded, output, resume=resume, listener=display, should_stop=stop, profile=profile
+        )
     if result.stopped:
         note(
             # the resolved recipe, so that no --set has to be typed again

@@ -26,7 +26,7 @@ class Budget:
 
     Attributes:
         ends_at: when it must have been measured, in seconds of `time.time`; infinite where there is no limit.
-        measuring: seconds that measuring took the base model; None before that is known.
+        measuring: seconds that measuring will take this job, by what it took the base model; None before that is known.
         point: seconds that a point of the curve took it.
     """
 

@@ -93,20 +93,6 @@ def measure_settings(recipe: Recipe, backbone: Backbone, **changes: Any) -> Meas
     return replace(settings, **changes)
 
 
-def head_base(backbone: Backbone, head: TeaHead) -> BaseModel:
-    """The base of a backbone in which ``head`` is installed."""
-
-    @contextmanager
-    def base() -> Iterator[Any]:
-        backbone.uninstall()
-        try:
-            yield backbone.model
-        finally:
-            backbone.install(head)
-
-    return base
-
-
 def adapter_base(model: Any) -> BaseModel:
     """The base of a PEFT model."""
 

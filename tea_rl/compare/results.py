@@ -152,7 +152,7 @@ class Tried(_Strict):
     status: Status
     reason: str | None = None
     passed_over: str | None = Field(
-        None, description="why it is not the one that is shown, where its reward is not the reason"
+        None, description="what speaks against it, where it is not the one that is shown"
     )
 
 

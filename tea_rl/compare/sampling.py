@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from tea_rl.head.policy import sample_slots
 from tea_rl.objectives.anchor import divergence
 
 #: ``with base() as model:`` gives the base model to call; what it switched off is on again afterwards.
@@ -72,12 +73,8 @@ class _Draw:
         self._temperature = temperature
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        cumulated = (scores.float() / self._temperature).softmax(-1).cumsum(-1)
-        uniform = torch.rand(len(scores), 1, device=scores.device)
-        # Right of equal entries, so that a token of probability 0 is never met.
-        tokens = torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True)
-        tokens.clamp_(max=scores.shape[1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter_(1, tokens, 0.0)
+        tokens = sample_slots(scores / self._temperature, torch.rand(len(scores), device=scores.device))
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens.unsqueeze(1), 0.0)
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tea_rl.compare.course import Course
-from tea_rl.compare.measure import head_base
 from tea_rl.compare.trained import Start, Trained, folder_bytes
 from tea_rl.recipe import Recipe
 from tea_rl.training.online import OnlineTrainer
@@ -68,7 +67,7 @@ def train_tea(
         head.eval()
         return Trained(
             model=backbone.model,
-            base=lambda: head_base(backbone, head),
+            base=lambda: None,  # the head knows the original model
             course=course,
             trainable_parameters=sum(parameter.numel() for parameter in head.trainable_parameters()),
             size_on_disk_bytes=folder_bytes(run.path / "head"),

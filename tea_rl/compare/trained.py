@@ -57,7 +57,7 @@ class Trained:
 
     Attributes:
         model: the policy, for ``generate``.
-        base: the base model to compare it with, made when it is first needed; None where the model is it.
+        base: the base model to compare it with, made when it is first needed; None where the model or its head knows it.
         course: of the training.
         trainable_parameters: how many.
         size_on_disk_bytes: of what is saved, without the base model.

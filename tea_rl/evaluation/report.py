@@ -12,12 +12,14 @@ import yaml
 
 from tea_rl.errors import TeaError
 from tea_rl.evaluation.report_parts import escape, flatten, html_page, number, pairs, setting_groups
+from tea_rl.evaluation.report_profile import profile_section
 from tea_rl.training.files import atomic_write_text, disk_errors, read_jsonl
 from tea_rl.training.plots import write_curves
 from tea_rl.training.run_directory import (
     CURVES_NAME,
     MANIFEST_NAME,
     METRICS_NAME,
+    PROFILE_NAME,
     RECIPE_NAME,
     REPORT_NAME,
     SAMPLES_NAME,
@@ -92,6 +94,7 @@ def write_report(run_path: str | Path) -> Path:
         f'<section><h2>Learning curves</h2><img alt="Learning curves" src="data:image/png;base64,{picture}"></section>',
         _samples(samples),
         _metrics(metrics),
+        profile_section(_read(run_path / PROFILE_NAME)),
         _settings(recipe),
         _versions(manifest),
     ]

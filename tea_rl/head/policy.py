@@ -116,9 +116,10 @@ def expected_value(slot_logps: Tensor, values: Tensor) -> Tensor:
 
 
 class _ShortlistProduct(torch.autograd.Function):
-    """``out[n, j] = weight[ids[n, j]] . g[n]``; both passes read the rows where they lie, none are gathered.
+    """``out[n, j] = weight[ids[n, j]] . g[n]``, the rows read where they lie wherever torch can do so.
 
-    Gathered rows would be written and read again: three times the traffic of what this is bound by.
+    Gathered rows would be written and read again: three times the traffic of what this is bound by. The forward pass gathers them
+    on GPUs and in half precision all the same, the backward pass on MPS; the rows of all tokens are never held at once.
     """
 
     @staticmethod
@@ -134,10 +135,7 @@ class _ShortlistProduct(torch.autograd.Function):
         own = grad_out.to(weight.dtype)
         grad_g = grad_weight = None
         if ctx.needs_input_grad[0]:
-            starts = torch.arange(0, ids.numel(), ids.shape[1], device=ids.device)
-            grad_g = F.embedding_bag(
-                ids.flatten(), weight, starts, mode="sum", per_sample_weights=own.flatten()
-            ).to(g.dtype)
+            grad_g = _weighted_rows(own, weight, ids).to(g.dtype)
         if ctx.needs_input_grad[1]:
             grad_weight = torch.zeros_like(weight)
             for start in range(0, ids.shape[0], _GATHER_ROWS):
@@ -145,6 +143,15 @@ class _ShortlistProduct(torch.autograd.Function):
                 outer = own[block].unsqueeze(2) * g[block].to(weight.dtype).unsqueeze(1)
                 grad_weight.index_add_(0, ids[block].flatten(), outer.flatten(0, 1))
         return grad_g, grad_weight, None
+
+
+def _weighted_rows(amounts: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    """``sum_j amounts[n, j] weight[ids[n, j]]``, ``(N, G)``."""
+    if weight.device.type == "mps":  # has no embedding_bag in every torch that is supported
+        blocks = zip(amounts.split(_GATHER_ROWS), ids.split(_GATHER_ROWS), strict=True)
+        return torch.cat([torch.bmm(a.unsqueeze(1), F.embedding(i, weight)).squeeze(1) for a, i in blocks])
+    starts = torch.arange(0, ids.numel(), ids.shape[1], device=ids.device)
+    return F.embedding_bag(ids.flatten(), weight, starts, mode="sum", per_sample_weights=amounts.flatten())
 
 
 def _reads_in_place(weight: Tensor) -> bool:

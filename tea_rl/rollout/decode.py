@@ -25,6 +25,7 @@ from tea_rl.head.policy import Shortlist, action_logps, build_shortlist, entropy
 from tea_rl.objectives.anchor import divergence
 from tea_rl.rollout.sequences import Sequences, prefill
 from tea_rl.rollout.trajectory import Rollout, TokenBatch
+from tea_rl.stage_clock import OFF, StageClock
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,6 +78,7 @@ def generate(
     settings: DecodeSettings,
     seed: Sequence[int] = (0,),
     prompt_keys: Sequence[int] | None = None,
+    clock: StageClock = OFF,
 ) -> Rollout:
     """Generate completions and record every token of them.
 
@@ -87,6 +89,7 @@ def generate(
         settings: lengths, temperature, stopping.
         seed: key of this rollout; with a prompt's key and the generation's index it seeds that completion.
         prompt_keys: keys of the prompts (by default their position), so that a prompt samples the same in any batch.
+        clock: hears of the stages prefill, decode, head and sampling.
 
     Returns:
         completions of a prompt side by side, ``len(prompts) * num_generations`` in all.
@@ -100,9 +103,10 @@ def generate(
     if settings.greedy_last:
         greedy[settings.num_generations - 1 :: settings.num_generations] = True
     ending = ending_tokens(backbone, settings.stop)
-    start = prefill(backbone, prompts, ContextState.begin(head.config.context))
     at = torch.arange(len(prompts), device=backbone.device).repeat_interleave(settings.num_generations)
-    sequences = Sequences(backbone, start, at, settings.max_new_tokens)
+    with clock.stage("prefill"):
+        start = prefill(backbone, prompts, ContextState.begin(head.config.context))
+        sequences = Sequences(backbone, start, at, settings.max_new_tokens)
     finished = torch.zeros(len(row_keys), dtype=torch.bool, device=backbone.device)
     steps: list[TokenBatch] = []
     num_states = 0
@@ -115,6 +119,7 @@ def generate(
             uniforms[rows, position],
             greedy[rows],
             settings.temperature,
+            clock,
         )
         step.rows, step.positions = rows, torch.full_like(rows, position)
         step.state_ids = sequences.at + num_states
@@ -124,7 +129,8 @@ def generate(
         finished[rows[ended]] = True
         if ended.all() or position == settings.max_new_tokens - 1:
             break
-        sequences.advance(step.actions, ended)
+        with clock.stage("decode"):
+            sequences.advance(step.actions, ended)
     head.train(training)
 
     tokens = TokenBatch.cat(steps)
@@ -138,7 +144,13 @@ def generate(
 
 
 def choose_tokens(
-    head: TeaHead, states: Tensor, at: Tensor, uniforms: Tensor, greedy: Tensor, temperature: float
+    head: TeaHead,
+    states: Tensor,
+    at: Tensor,
+    uniforms: Tensor,
+    greedy: Tensor,
+    temperature: float,
+    clock: StageClock = OFF,
 ) -> TokenBatch:
     """Next tokens of ``N`` completions and their records (``rows``, ``positions`` and the offset of ``state_ids`` still unset).
 
@@ -149,8 +161,18 @@ def choose_tokens(
         uniforms: ``(N, 2)``; the first chooses the slot, the second a token of the tail.
         greedy: which of them take the likeliest token instead, ``(N,)`` bool.
         temperature: divides the logits.
+        clock: hears of the stages head and sampling.
     """
-    policy, tail_probs = _policy_at(head, states, head.reference_logits(states, temperature), temperature)
+    with clock.stage("head"):
+        policy, tail_probs = _policy_at(head, states, head.reference_logits(states, temperature), temperature)
+    with clock.stage("sampling"):
+        return _choose(policy, tail_probs, states, at, uniforms, greedy)
+
+
+def _choose(
+    policy: _Policy, tail_probs: Tensor | None, states: Tensor, at: Tensor, uniforms: Tensor, greedy: Tensor
+) -> TokenBatch:
+    """`choose_tokens` once the policy is known."""
     slots = sample_slots(policy.logits[at], uniforms[:, 0])
     if bool(greedy.any()):
         greedy_at = at[greedy]

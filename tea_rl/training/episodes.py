@@ -139,15 +139,18 @@ class EpisodeTrainer(GeneratingLoop):
 
     def _begin(self) -> int:
         first = super()._begin()
-        self._evaluate(0)  # of the original model, before the expert is imitated
+        with self.clock.stage("evaluation"):
+            self._evaluate(0)  # of the original model, before the expert is imitated
         expert = self.recipe.env.expert
         if expert.episodes:
             self.listener.on_note(f"imitating {expert.episodes} expert episodes")
             seed_step(self.recipe.train.seed, 0)
             notify = self.listener.on_note
-            loss = imitate(self.backbone, self.head, self.make_env, self.settings, self.recipe, notify)
+            with self.clock.stage("imitation"):
+                loss = imitate(self.backbone, self.head, self.make_env, self.settings, self.recipe, notify)
             notify(f"imitated: cross-entropy {loss:.3f} nats a token in the last pass")
-            self._evaluate(0, imitated=True)
+            with self.clock.stage("evaluation"):
+                self._evaluate(0, imitated=True)
         return first
 
     def _step(self, step: int) -> None:
@@ -155,11 +158,13 @@ class EpisodeTrainer(GeneratingLoop):
         recipe, started = self.recipe, time.perf_counter()
         generator = seed_step(recipe.train.seed, step)
         starts = starts_of_step(recipe, step)
-        batch = run_episodes(
-            self.backbone, self.head, self.make_env, starts, self.settings, (recipe.train.seed, step)
-        )
-        advantage, figures = self._credit(batch, generator)
-        report = self._update(batch, advantage, generator)
+        with self.clock.stage("play"):
+            batch = run_episodes(
+                self.backbone, self.head, self.make_env, starts, self.settings, (recipe.train.seed, step)
+            )
+        with self.clock.stage("update"):
+            advantage, figures = self._credit(batch, generator)
+            report = self._update(batch, advantage, generator)
         row = {
             "step": step,
             "reward": mean_return(batch.episodes),

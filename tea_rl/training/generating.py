@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tea_rl.backbone import Backbone, load_backbone
 from tea_rl.evaluation.evaluate import Evaluation, Sample
 from tea_rl.head.layer import TeaHead
@@ -33,6 +35,8 @@ class GeneratingLoop(TrainingLoop):
     def _load_backbone(self) -> None:
         self.listener.on_note(f"loading {self.recipe.model.name_or_path}")
         self.backbone = load_backbone(**self.recipe.model.model_dump(), notify=self.listener.on_note)
+        if self.backbone.device.type in ("cuda", "mps"):  # untested: no such machine has run this yet
+            self.clock.wait = getattr(torch, self.backbone.device.type).synchronize
         self.base_samples: list[Sample] = []
         self.base_figures: dict[str, float] = {}
 

@@ -17,6 +17,7 @@ from tea_rl.evaluation.report import write_report
 from tea_rl.head.checkpoint import WEIGHTS_NAME, load_weights
 from tea_rl.head.layer import TeaHead
 from tea_rl.recipe import Recipe
+from tea_rl.stage_clock import StageClock
 from tea_rl.training.checkpoint import (
     load_optimizer,
     newest_checkpoint,
@@ -86,6 +87,7 @@ class TrainingLoop:
         self.checkpoint = newest_checkpoint(run.path) if resume else None
         self.total_steps = recipe.train.max_steps
         self.ended = False
+        self.clock = StageClock()
         self.last_evaluation: Evaluation | None = None
         self._unwritten: list[dict[str, Any]] = []
         self._written_at = 0.0
@@ -114,16 +116,20 @@ class TrainingLoop:
         self.listener.on_start(step + 1, self.total_steps)
         saved = step
         if step == 0:
-            self._evaluate(0)
+            with self.clock.stage("evaluation"):
+                self._evaluate(0)
         stopped = should_stop()
         while step < self.total_steps and not stopped and not self.ended:
             step += 1
-            self._step(step)
+            with self.clock.step():
+                self._step(step)
             if self._is_last(step) or step % train.eval_steps == 0:
-                self._evaluate(step)
+                with self.clock.stage("evaluation"):
+                    self._evaluate(step)
             stopped = should_stop()
             if self._is_last(step) or stopped or step % train.save_steps == 0:
-                self._save(step)
+                with self.clock.stage("save"):
+                    self._save(step)
                 saved = step
         if self.last_evaluation is None and not stopped:
             self._evaluate(saved, record=False)
@@ -208,4 +214,6 @@ class TrainingLoop:
     def _finish(self) -> None:
         self._flush()
         replace_directory(self.run.path / "head", self.head.save_pretrained)
+        profile = self.clock.profile()
+        self.run.write_profile(profile)
         write_report(self.run.path)  # draws the curves

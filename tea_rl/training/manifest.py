@@ -94,7 +94,8 @@ def check_same_recipe(path: Path, recipe: Recipe) -> None:
     if before is None:
         return  # killed before its first line was written: nothing to contradict
     free = set(_FREE_ON_RESUME)
-    if recipe.train.lr_scheduler_type.startswith("constant"):
+    # Learning rates and expected gradients that fall would fall otherwise over another number of steps.
+    if recipe.train.lr_scheduler_type.startswith("constant") and recipe.objective.expected_gradient == 0:
         free.add(("train", "max_steps"))
     if recipe.train.metric_for_best_model is not None:
         free.remove(("train", "eval_steps"))

@@ -226,8 +226,10 @@ class OfflineTrainer(TrainingLoop):
 
     def _step(self, step: int) -> None:
         started = time.perf_counter()
-        batch = self.data.batch(step, seed_step(self.recipe.train.seed, step))
-        report = self.learner.update(batch)
+        with self.clock.stage("read"):
+            batch = self.data.batch(step, seed_step(self.recipe.train.seed, step))
+        with self.clock.stage("update"):
+            report = self.learner.update(batch)
         seconds = time.perf_counter() - started
         row = {
             "step": step,

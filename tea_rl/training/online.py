@@ -23,7 +23,7 @@ from tea_rl.recipe import Recipe, load_recipe
 from tea_rl.rewards import load_rewards
 from tea_rl.rollout import DecodeSettings, Rollout, generate
 from tea_rl.training.generating import GeneratingLoop
-from tea_rl.training.loop import TrainResult
+from tea_rl.training.loop import TrainingLoop, TrainResult
 from tea_rl.training.progress import Listener
 from tea_rl.training.run_directory import RunDirectory
 from tea_rl.training.seeding import prompts_of_step, seed_step
@@ -40,6 +40,7 @@ def train(
     resume: bool = False,
     listener: Listener | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    profile: bool = False,
 ) -> TrainResult:
     """Train a TEA head as a recipe says, into a run directory: from prompts, in an environment, or offline from labelled rows
     or stored states.
@@ -50,6 +51,7 @@ def train(
         resume: continue from the newest complete checkpoint in it.
         listener: hears of progress.
         should_stop: asked after every step; True saves a checkpoint and ends the run.
+        profile: measure where the time goes, for ``profile.json`` and the report; slows a GPU down.
 
     Raises:
         TeaError: for every mistake a user can mend.
@@ -57,15 +59,23 @@ def train(
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
     listener = listener or Listener()
     with RunDirectory.create(Path(output), resume=resume) as run:
-        if recipe.offline:
-            from tea_rl.training.offline import OfflineTrainer
+        trainer = _trainer_class(recipe)(recipe, run, listener, resume)
+        if profile:
+            trainer.clock.start()
+        return trainer.run_to_end(should_stop)
 
-            return OfflineTrainer(recipe, run, listener, resume).run_to_end(should_stop)
-        if recipe.env.id is not None:
-            from tea_rl.training.episodes import EpisodeTrainer
 
-            return EpisodeTrainer(recipe, run, listener, resume).run_to_end(should_stop)
-        return OnlineTrainer(recipe, run, listener, resume).run_to_end(should_stop)
+def _trainer_class(recipe: Recipe) -> Callable[[Recipe, RunDirectory, Listener, bool], TrainingLoop]:
+    """What runs a recipe; only what is needed is imported."""
+    if recipe.offline:
+        from tea_rl.training.offline import OfflineTrainer
+
+        return OfflineTrainer
+    if recipe.env.id is not None:
+        from tea_rl.training.episodes import EpisodeTrainer
+
+        return EpisodeTrainer
+    return OnlineTrainer
 
 
 def decode_settings(recipe: Recipe, num_generations: int) -> DecodeSettings:
@@ -121,19 +131,17 @@ class OnlineTrainer(GeneratingLoop):
             prompts.token_ids,
             decode_settings(recipe, recipe.rollout.num_generations),
             seed=(recipe.train.seed, step),
+            clock=self.clock,
         )
         generation_seconds = time.perf_counter() - started
-        rewards = score(self.rewards, prompts.prompts, generated)
+        with self.clock.stage("reward"):
+            rewards = score(self.rewards, prompts.prompts, generated)
         grouped = torch.tensor(rewards.total).view(len(prompts), -1)
         advantage = advantages(recipe.objective.name, grouped, recipe.objective.scale_rewards).flatten()
         token_advantage = advantage.to(self.backbone.device)[generated.tokens.rows]
-        values = None
-        if self.token_value is not None:
-            values = self.token_value.learn(
-                step, generated.tokens, torch.tensor(rewards.total), generated.prompt_index
-            )
-            values *= 1.0 - (step - 1) / self.total_steps  # sampled credit has the last word
-        report = self.learner.update(generated.tokens, token_advantage, generator, values)
+        with self.clock.stage("update"):
+            values = self._token_values(step, generated, torch.tensor(rewards.total))
+            report = self.learner.update(generated.tokens, token_advantage, generator, values)
 
         tokens = generated.tokens
         row = {
@@ -159,6 +167,13 @@ class OnlineTrainer(GeneratingLoop):
         }
         self._log(step, row)
         self.listener.on_step(row)
+
+    def _token_values(self, step: int, generated: Rollout, rewards: torch.Tensor) -> torch.Tensor | None:
+        """What tokens are worth, with ``objective.expected_gradient``; less with every step: sampled credit has the last word."""
+        if self.token_value is None:
+            return None
+        values = self.token_value.learn(step, generated.tokens, rewards, generated.prompt_index)
+        return values * (1.0 - (step - 1) / self.total_steps)
 
     def _write_state(self, folder: Path) -> dict[str, Any]:
         if self.token_value is not None:

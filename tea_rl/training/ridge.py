@@ -20,3 +20,20 @@ def ridge_weights(gram: Tensor, moment: Tensor, penalties: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(gram)
     shrunk = (vectors.T @ moment).unsqueeze(1) / (values.clamp(min=0.0).unsqueeze(1) + penalties + 1e-6)
     return vectors @ shrunk
+
+
+def ridge_fit(features: Tensor, targets: Tensor, penalties: Tensor) -> Tensor:
+    """The same from the data themselves, by way of the smaller of ``X'X`` and ``XX'``.
+
+    Args:
+        features: ``X``, ``(N, F)`` float64.
+        targets: ``y``, ``(N,)`` float64.
+        penalties: ``(P,)``.
+
+    Shape:
+        returns ``(F, P)`` float64.
+    """
+    if len(features) > features.shape[1]:
+        return ridge_weights(features.T @ features, features.T @ targets, penalties)
+    # (X'X + p)^-1 X'y = X' (XX' + p)^-1 y
+    return features.T @ ridge_weights(features @ features.T, targets, penalties)

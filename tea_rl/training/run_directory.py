@@ -26,6 +26,7 @@ METRICS_NAME = "metrics.jsonl"
 SAMPLES_NAME = "samples.jsonl"
 CURVES_NAME = "curves.png"
 REPORT_NAME = "report.html"
+PROFILE_NAME = "profile.json"
 LOCK_NAME = "run.lock"
 
 
@@ -110,6 +111,15 @@ class RunDirectory:
         """Write ``manifest.json``."""
         with disk_errors(f"write {self.manifest_path}"):
             atomic_write_text(self.manifest_path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+
+    def write_profile(self, profile: dict[str, Any] | None) -> None:
+        """Write ``profile.json``: where the time went since the run was last started; None: that is not known (any more)."""
+        path = self.path / PROFILE_NAME
+        with disk_errors(f"write {path}"):
+            if profile is None:
+                path.unlink(missing_ok=True)
+                return
+            atomic_write_text(path, json.dumps(profile, indent=2) + "\n")
 
     def append_metrics(self, *rows: dict[str, Any]) -> None:
         """Append lines to ``metrics.jsonl``; NaN is written as NaN."""

@@ -22,15 +22,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tea_rl.rollout.trajectory import TokenBatch
-from tea_rl.training.ridge import ridge_weights
+from tea_rl.training.ridge import ridge_fit
 
 NUM_FOLDS = 5
 #: Ridge penalties, as a share of the features' summed squares.
 PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 _KEPT_STEPS = 20
 _FILE_NAME = "token_value.safetensors"
-#: Rows of the vocabulary in float32 at once.
+#: Rows of the vocabulary, or tokens, in float32 at once.
 _BLOCK = 8192
+#: Below this share of the vocabulary's, the spread of the sampled tokens' values is as good as none.
+_LEAST_SPREAD = 1e-3
 
 
 class TokenValue:
@@ -71,7 +73,7 @@ class TokenValue:
 
         Returns:
             value of every token of the vocabulary, ``(V,)`` float32: mean 0 over the rollout's tokens and standard deviation
-            `correlation`; all 0 where nothing can be told.
+            `correlation`; all 0 where nothing can be told, or hardly any two sampled tokens differ in value.
         """
         self._note(step, tokens, rewards.cpu().float(), groups.cpu())
         direction = self._fit()
@@ -84,13 +86,20 @@ class TokenValue:
             rows = self._weight[block].float() @ direction - self._mean @ direction
             values[block] = rows / self._norms[block]
         sampled = values[tokens.actions]
-        return (values - sampled.mean()) * (self.correlation / sampled.std().clamp(min=1e-8))
+        spread = sampled.std(correction=0)
+        if (
+            spread < _LEAST_SPREAD * values.std()
+        ):  # a policy that says one thing has nothing to choose between
+            return torch.zeros_like(values)
+        return (values - sampled.mean()) * (self.correlation / spread)
 
     def _note(self, step: int, tokens: TokenBatch, rewards: Tensor, groups: Tensor) -> None:
         """Add a rollout, centred within its groups, and drop what is too old."""
-        unit = (self._weight[tokens.actions].float() - self._mean) / self._norms[tokens.actions].unsqueeze(1)
-        features = torch.zeros(len(rewards), unit.shape[1], device=unit.device)
-        features = features.index_add_(0, tokens.rows, unit).cpu()
+        features = torch.zeros(len(rewards), len(self._mean), device=self._mean.device)
+        for rows, actions in zip(tokens.rows.split(_BLOCK), tokens.actions.split(_BLOCK), strict=True):
+            unit = (self._weight[actions].float() - self._mean) / self._norms[actions].unsqueeze(1)
+            features.index_add_(0, rows, unit)
+        features = features.cpu()
         names, at, sizes = torch.unique(groups, return_inverse=True, return_counts=True)
         means = torch.zeros(len(names), features.shape[1]).index_add_(0, at, features) / sizes.unsqueeze(1)
         reward_means = torch.zeros(len(names)).index_add_(0, at, rewards) / sizes
@@ -111,19 +120,15 @@ class TokenValue:
         self.correlation = 0.0
         if len(fold.unique()) < 2 or not bool(rewards.any()):
             return torch.zeros(features.shape[1])
-        gram, moment = features.T @ features, features.T @ rewards
-        total = gram.trace()
         shares = torch.tensor(PENALTIES, dtype=torch.float64)
         said = torch.zeros(len(rewards), len(PENALTIES), dtype=torch.float64)
         for number in fold.unique():
             own = fold == number
-            x = features[own]
-            left = gram - x.T @ x, moment - x.T @ rewards[own]
-            said[own] = x @ ridge_weights(*left, shares * left[0].trace() / (~own).sum())
+            said[own] = features[own] @ _directions(features[~own], rewards[~own], shares)
         best = int((said - rewards.unsqueeze(1)).square().sum(dim=0).argmin())
         both = torch.corrcoef(torch.stack([said[:, best], rewards]))[0, 1]
         self.correlation = max(0.0, float(both.nan_to_num()))
-        return ridge_weights(gram, moment, shares[best : best + 1] * total / len(rewards)).squeeze(1).float()
+        return _directions(features, rewards, shares[best : best + 1]).squeeze(1).float()
 
     def save(self, folder: Path) -> None:
         """Write what it learns from into a checkpoint's folder."""
@@ -132,3 +137,9 @@ class TokenValue:
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote."""
         self._kept = load_file(folder / _FILE_NAME)
+
+
+def _directions(features: Tensor, rewards: Tensor, shares: Tensor) -> Tensor:
+    """Ridge regression at penalties that are shares of the features' mean squared length, ``(D, P)``."""
+    penalties = shares * features.square().sum() / len(features)
+    return ridge_fit(features, rewards, penalties)

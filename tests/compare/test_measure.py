@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny import EOS, save_tiny, tiny_backbone, tiny_tokenizer
+from tiny import EOS, head_base, save_tiny, tiny_backbone, tiny_tokenizer
 
 from tea_rl import HeadConfig, TeaHead
 from tea_rl.compare import forgetting
@@ -15,7 +15,6 @@ from tea_rl.compare.measure import (
     MeasureSettings,
     adapter_base,
     evaluate_reward,
-    head_base,
     measure,
     measure_frontier,
     measure_settings,

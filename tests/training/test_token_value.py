@@ -1,6 +1,7 @@
 """Values of tokens: they are found, are silent where there is nothing to find, and the policy follows them."""
 
 import hashlib
+import json
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tea_rl.recipe import AnchorConfig, ObjectiveConfig, TrainConfig
 from tea_rl.rollout import DecodeSettings, generate
 from tea_rl.rollout.trajectory import TokenBatch
 from tea_rl.training.learner import Learner
+from tea_rl.training.ridge import ridge_fit
 from tea_rl.training.token_value import TokenValue
 
 VOCABULARY, WIDTH, LENGTH = 60, 24, 10
@@ -126,16 +128,23 @@ def test_the_policy_follows_the_values_alone(backbone):
     assert head.terms(tokens, token_values=values).value.mean() > before + 0.1
 
 
+REWARD = """
+def even(prompts, completions, **columns):
+    return [float(sum(ord(letter) % 2 == 0 for letter in text)) for text in completions]
+"""
+
+
 def recipe(tmp_path, **changes):
     settings = {
         "model": {"name_or_path": str(save_tiny("llama", tmp_path / "model")), "dtype": "float32"},
         "head": {"hidden_sizes": [16], "shortlist_size": 24, "dropout": 0.1},
         "data": {"prompts": [f"prompt number {i}" for i in range(12)]},
-        "rewards": [{"name": "length", "kwargs": {"max": 4}}],
-        "rollout": {"prompts_per_step": 4, "num_generations": 4, "max_completion_length": 6},
+        "rewards": [{"name": "rewards.py:even"}],
+        "rollout": {"prompts_per_step": 4, "num_generations": 8, "max_completion_length": 6},
         "objective": {"name": "grpo", "expected_gradient": 0.8},
         "train": {"max_steps": 6, "save_steps": 2, "eval_steps": 3, "num_threads": 1, "warmup_steps": 0},
     }  # fmt: skip
+    (tmp_path / "rewards.py").write_text(REWARD)
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump({**settings, **changes}))
     return str(path)
@@ -152,6 +161,28 @@ def test_a_resumed_run_values_tokens_as_if_it_had_not_stopped(tmp_path):
         for name in ("whole", "cut")
     )
     assert whole == cut
+    rows = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
+    assert min(row["value_correlation"] for row in rows if row["step"] > 4 and "loss" in row) > 0
+
+
+def test_the_length_of_a_run_belongs_to_it(tmp_path):
+    path = recipe(tmp_path)
+    train(load_recipe(path, ["train.max_steps=2"]), tmp_path / "run")
+    with pytest.raises(TeaError, match="max_steps"):  # the gradients fall over all steps
+        train(load_recipe(path, ["train.max_steps=4"]), tmp_path / "run", resume=True)
+    free = ["train.max_steps=2", "objective.expected_gradient=0"]
+    train(load_recipe(path, free), tmp_path / "other")
+    longer = train(load_recipe(path, ["train.max_steps=3", free[1]]), tmp_path / "other", resume=True)
+    assert longer.step == 3
+
+
+def test_a_policy_that_says_one_thing_is_left_alone():
+    critic = TokenValue(vocabulary())
+    tokens, groups, good = rollout(1)
+    assert critic.learn(1, tokens, good, groups).any()
+    tokens.actions = torch.full_like(tokens.actions, 3)
+    assert not critic.learn(2, tokens, good, groups).any()
+    assert critic.correlation > 0
 
 
 @pytest.mark.parametrize("size", ["all", "auto"])
@@ -160,3 +191,19 @@ def test_a_shortlist_is_needed(tmp_path, size):
         load_recipe(recipe(tmp_path), [f"head.shortlist_size={size}"])
     with pytest.raises(TeaError, match="expected_gradient needs data.prompts"):
         load_recipe("guess-number", ["objective.expected_gradient=1"])
+
+
+def test_one_completion_a_prompt_says_nothing(tmp_path):
+    with pytest.raises(TeaError, match="num_generations of at least 2, got 1"):
+        load_recipe(recipe(tmp_path), ["objective.name=reinforce", "rollout.num_generations=1"])
+
+
+def test_both_ways_of_a_ridge_fit_agree():
+    draw = torch.Generator().manual_seed(0)
+    for rows in (5, 30):
+        x, y = torch.randn(rows, 12, generator=draw).double(), torch.randn(rows, generator=draw).double()
+        penalties = torch.tensor([0.1, 10.0], dtype=torch.float64)
+        wanted = [torch.linalg.solve(x.T @ x + p * torch.eye(12), x.T @ y) for p in penalties]
+        torch.testing.assert_close(
+            ridge_fit(x, y, penalties), torch.stack(wanted, dim=1), rtol=1e-4, atol=1e-6
+        )
