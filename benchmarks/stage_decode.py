@@ -24,14 +24,18 @@ from tea_rl import Backbone, DecodeSettings, TeaHead
 #: Prompts and generations of each, for a batch.
 _BATCHES = {1: (1, 1), 8: (1, 8), 64: (8, 8), 256: (32, 8)}
 _LONG = 512
+#: Those that a quick run has time for.
+_QUICK_BATCHES = (1, 64)
 
 
 def run(setting: Setting) -> Iterator[Figure]:
     """Measure the stage."""
     head = correcting_head(setting.backbone)
     for batch, (prompts, generations) in _BATCHES.items():
-        tokens = setting.pick(8 if batch > 64 else 16, 16 if batch > 64 else 32)
-        repeats = setting.pick(1, 2 if batch > 64 else 3)
+        if setting.quick and batch not in _QUICK_BATCHES:
+            continue
+        tokens = setting.pick(16, 16 if batch > 64 else 32)
+        repeats = setting.pick(1, 1 if batch > 64 else 3)
         found = _compare(
             setting,
             head,
@@ -42,9 +46,9 @@ def run(setting: Setting) -> Iterator[Figure]:
             batch == 64 and not setting.quick,
         )
         yield _named(found, f"batch {batch}")
-    prompts = setting.pick(1, 4)
+    prompts = setting.pick(1, 2)
     long = setting.long_prompts(prompts, _LONG)
-    found = _compare(setting, head, long, 8, setting.pick(8, 32), setting.pick(1, 2), False)
+    found = _compare(setting, head, long, 8, setting.pick(8, 16), setting.pick(1, 2), False)
     yield _named(found, f"{_LONG}-token prompts, 8 generations each")
 
 

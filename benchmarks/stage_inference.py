@@ -19,7 +19,7 @@ from stage_decode import correcting_head, generate_batch
 def run(setting: Setting) -> Iterator[Figure]:
     """Measure the stage."""
     backbone, head = setting.backbone, correcting_head(setting.backbone)
-    tokens = setting.pick(16, 32)
+    tokens = setting.pick(12, 32)
     for count in (1, 64):
         prompts = setting.short_prompts(count)
         batch = generate_batch(backbone, prompts)
