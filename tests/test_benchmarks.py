@@ -57,12 +57,12 @@ def test_every_stage_reports_figures_peers_and_the_limit(first):
             for name, value in figure["peers"].items():
                 assert figure["ratios"][name] == pytest.approx(figure["tea_rl"] / value, rel=1e-2)
     decode = results["stages"]["decode"]["figures"]
-    assert {f"batch {size}" for size in (1, 8, 64, 256)} < decode.keys()
+    assert {f"batch {size}" for size in (1, 64)} < decode.keys()
     assert any("512-token prompts" in name for name in decode)
     assert set(results["stages"]["update"]["figures"]["one pass"]["peers"]) == {
         "naive_tied", "naive_readout", "lora",
     }  # fmt: skip
-    assert printed.count("limits") == 1 + len(CHEAP) and printed.count("reached") == 8
+    assert printed.count("limits") == 1 + len(CHEAP) and printed.count("reached") == 6
 
 
 def test_comparing_prints_the_ratio_of_every_figure(first, model):
@@ -76,7 +76,7 @@ def test_comparing_prints_the_ratio_of_every_figure(first, model):
     lines = suite.comparison(results, before)
     assert sum("batch 1: " in line and "= 2.00 (higher is better)" in line for line in lines) == 1
     assert "inference, batch 64: not in the earlier results" in lines
-    assert sum("tokens/s = 1.00" in line for line in lines) == 5 + 1
+    assert sum("tokens/s = 1.00" in line for line in lines) == 3 + 1
     assert any(line.startswith("copy_gb_per_second: ") and line.endswith("= 1.00") for line in lines)
     before["settings"]["quick"] = False
     assert suite.comparison(results, before)[0].startswith("note: quick is True now and was False")
