@@ -95,6 +95,7 @@ def train(
             "data.prompts=null",
             "data.dataset=null",
             "env.id=null",
+            "objective.expected_gradient=0",  # of recipes that generate
             f"data.store={json.dumps(str(store), ensure_ascii=False)}",
             *overrides,
         ]

@@ -122,6 +122,27 @@ def test_rollout_then_relabel(folder, tmp_path, capsys):
     assert code == 0 and json.loads(out)["rewards"] == 4
 
 
+def test_a_recipe_that_generates_learns_from_its_store(folder, tmp_path, capsys):
+    """What it says of generating alone, such as expected gradients, does not stand in the way."""
+    online = yaml.safe_load((folder / "online.yaml").read_text())
+    (tmp_path / "rewards.py").write_text(
+        "def odd(prompts, completions, **columns):\n    return [float(sum(map(ord, c)) % 7) for c in completions]\n"
+    )
+    changed = {
+        "rewards": [{"name": "rewards.py:odd"}],
+        "objective": {"name": "grpo", "expected_gradient": 0.5},
+    }
+    (tmp_path / "online.yaml").write_text(yaml.safe_dump({**online, **changed}))
+    store, recipe = tmp_path / "store", tmp_path / "online.yaml"
+    assert run(capsys, "rollout", recipe, "--output", store, "--steps", 2)[0] == 0
+    code, _, err = run(capsys, "train", recipe, "--store", store, "--output", tmp_path / "run")
+    assert code == 0, err
+    assert run(capsys, "train", recipe, "--output", tmp_path / "run", "--resume")[0] == 0
+    grid = ("--grid", "train.learning_rate=1e-4,1e-3", "--output", tmp_path / "sweep")
+    code, _, err = run(capsys, "sweep", store, recipe, *grid)
+    assert code == 0, err
+
+
 def test_inspect_a_run(tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text("{}")
     (tmp_path / "samples.jsonl").write_text(
