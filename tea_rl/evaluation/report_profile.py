@@ -7,7 +7,18 @@ from typing import Any
 from tea_rl.evaluation.report_parts import escape, number
 
 #: Told apart next to one another, in this order, again from the first after the last.
-_COLOURS = ("#3b6ea5", "#d98c3f", "#5f9e6e", "#b65f5f", "#857aab", "#8d7866", "#c98cb5", "#8f8f8f")
+_COLOURS = (
+    "#3b6ea5",
+    "#d98c3f",
+    "#5f9e6e",
+    "#b65f5f",
+    "#857aab",
+    "#8d7866",
+    "#c98cb5",
+    "#8f8f8f",
+    "#4f9a9a",
+    "#b3a23c",
+)
 #: Narrower pieces of the bar carry no name.
 _NAMED_SHARE = 0.07
 
