@@ -33,12 +33,12 @@ def assert_equals_naive(head, states, actions, temperature, anchor, at=None):
     terms = head.full_terms(states, actions, temperature, anchor, at)
     expected = naive_terms(head, states if at is None else states[at], actions, temperature)
     names = ["logps", anchor, "reverse_kl", "entropy"]
-    for name, term in zip(names, terms, strict=True):
+    for name, term in zip(names, terms[:4], strict=True):
         torch.testing.assert_close(
             term, expected[name], **CLOSE, msg=lambda text, name=name: f"{name}: {text}"
         )
     weights = torch.randn(4, len(actions))
-    ours = sum((w * term).mean() for w, term in zip(weights, terms, strict=True))
+    ours = sum((w * term).mean() for w, term in zip(weights, terms[:4], strict=True))
     theirs = sum((w * expected[name]).mean() for w, name in zip(weights, names, strict=True))
     parameters = dict(head.named_parameters())
     trainable = {name: p for name, p in parameters.items() if p.requires_grad}
@@ -96,7 +96,7 @@ def test_half_precision_stays_close(small_chunks):
     exact = head.full_terms(states, actions)
     head.weight.data = head.weight.data.to(torch.bfloat16)
     rough = head.full_terms(states.to(torch.bfloat16), actions)
-    assert all(term.dtype == torch.float32 for term in rough)
+    assert all(term.dtype == torch.float32 for term in rough[:4])
     torch.testing.assert_close(rough.logps, exact.logps, rtol=0.05, atol=0.1)
 
 

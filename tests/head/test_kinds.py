@@ -56,7 +56,7 @@ def test_replay_equals_the_record_and_the_drop_in(backbone, kind):
     prompts = [backbone.tokenizer(text).input_ids for text in ("one", "another")]
     tokens = generate(backbone, head, prompts, DecodeSettings(4, 8, temperature=0.9)).tokens
     terms = head.terms(tokens, 0.9)
-    for mine, recorded in zip(terms, (tokens.logps, tokens.kl, tokens.kl, tokens.entropy), strict=True):
+    for mine, recorded in zip(terms[:4], (tokens.logps, tokens.kl, tokens.kl, tokens.entropy), strict=True):
         torch.testing.assert_close(mine, recorded, atol=1e-4, rtol=1e-4)
     logps = (head(tokens.states) * backbone.logit_scale / 0.9).log_softmax(-1)
     chosen = logps.gather(1, tokens.actions.unsqueeze(1)).squeeze(1)

@@ -43,11 +43,11 @@ def test_exact_once_every_token_is_looked_at(monkeypatch, states, actions, confi
     terms = terms_of(head, states, actions, anchor)
     expected = naive_terms(head, states, actions, 0.8)
     names = ["logps", anchor, "reverse_kl", "entropy"]
-    for name, term in zip(names, terms, strict=True):
+    for name, term in zip(names, terms[:4], strict=True):
         torch.testing.assert_close(term, expected[name], rtol=1e-4, atol=1e-4)
     weights = torch.randn(4, TOKENS)
     parameters = [p for p in head.trainable_parameters() if p is not head.members.readout]
-    ours = sum((w * term).mean() for w, term in zip(weights, terms, strict=True))
+    ours = sum((w * term).mean() for w, term in zip(weights, terms[:4], strict=True))
     theirs = sum((w * expected[name]).mean() for w, name in zip(weights, names, strict=True))
     for mine, reference in zip(
         torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters), strict=True
