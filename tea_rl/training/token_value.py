@@ -25,7 +25,7 @@ from tea_rl.rollout.trajectory import TokenBatch
 from tea_rl.training.ridge import ridge_fit
 
 NUM_FOLDS = 5
-#: Ridge penalties, as a share of the features' summed squares.
+#: Ridge penalties, as a share of the features' mean squared length.
 PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 _KEPT_STEPS = 20
 _FILE_NAME = "token_value.safetensors"
@@ -87,9 +87,8 @@ class TokenValue:
             values[block] = rows / self._norms[block]
         sampled = values[tokens.actions]
         spread = sampled.std(correction=0)
-        if (
-            spread < _LEAST_SPREAD * values.std()
-        ):  # a policy that says one thing has nothing to choose between
+        # A policy that says one thing has nothing to choose between.
+        if spread < _LEAST_SPREAD * values.std():
             return torch.zeros_like(values)
         return (values - sampled.mean()) * (self.correlation / spread)
 
