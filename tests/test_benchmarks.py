@@ -30,17 +30,23 @@ def run_suite(*arguments, folder):
     )
 
 
+def run_stages(stages, model, output):
+    """A quick run of some stages that must succeed; what it printed."""
+    done = run_suite(
+        "--quick", "--stages", ",".join(stages), "--model", model, "--dtype", "float32", "--output", str(output),
+        folder=output.parent,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 @pytest.fixture(scope="module")
 def first(model, tmp_path_factory):
     """A quick run of the cheap stages: what it printed, and its file."""
     pytest.importorskip("peft")
     folder = tmp_path_factory.mktemp("bench")
     output = folder / "bench.json"
-    done = run_suite(
-        "--quick", "--stages", ",".join(CHEAP), "--model", model, "--dtype", "float32", "--output", str(output),
-        folder=folder,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = run_stages(CHEAP, model, output)
     return done.stdout, json.loads(output.read_text()), output
 
 
@@ -151,11 +157,7 @@ def test_the_stages_that_need_trainers_and_processes_run(model, tmp_path):
     pytest.importorskip("peft")
     stages = ("online_step", "offline_epoch", "load")
     output = tmp_path / "bench.json"
-    done = run_suite(
-        "--quick", "--stages", ",".join(stages), "--model", model, "--dtype", "float32", "--output", str(output),
-        folder=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    run_stages(stages, model, output)
     found = {name: stage["figures"] for name, stage in json.loads(output.read_text())["stages"].items()}
     step = found["online_step"]["step"]
     assert set(step["peers"]) == {"trl_grpo_lora"} and 0 < step["update_share"] < 1

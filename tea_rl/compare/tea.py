@@ -64,9 +64,8 @@ def train_tea(
         )
         course, head, backbone = trainer.course, trainer.head, trainer.backbone
         trainer.run_to_end(lambda: course.out_of_time)
-        course.out_of_time &= (
-            course.steps < recipe.train.max_steps
-        )  # the last step is the end, whatever the time
+        # The last step is the end, whatever the time.
+        course.out_of_time &= course.steps < recipe.train.max_steps
         head.eval()
         return Trained(
             model=backbone.model,

@@ -14,6 +14,7 @@ All logits here are already divided by the sampling temperature: the policy is d
 from __future__ import annotations
 
 import warnings
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -163,13 +164,19 @@ def _sampled_product(g: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
     """The product of ``g`` and the transposed weight at the places of a sparse matrix, ``(N, k)``."""
     rows, size = ids.shape
     starts = torch.arange(0, ids.numel() + 1, size)
+    _hear_beta_warning()
+    places = torch.sparse_csr_tensor(
+        starts, ids.flatten(), torch.zeros(ids.numel()), (rows, len(weight)), check_invariants=False
+    )
+    return torch.sparse.sampled_addmm(places, g.float(), weight.T, beta=0.0).values().view(rows, size)
+
+
+@cache
+def _hear_beta_warning() -> None:
+    """torch warns once a process that its CSR layout is a beta: here, where nobody need read it."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch calls its CSR layout a beta
-        places = torch.sparse_csr_tensor(
-            starts, ids.flatten(), torch.zeros(ids.numel()), (rows, len(weight)), check_invariants=False
-        )
-        product = torch.sparse.sampled_addmm(places, g.float(), weight.T, beta=0.0)
-    return product.values().view(rows, size)
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False)
 
 
 def _gathered_product(g: Tensor, weight: Tensor, ids: Tensor) -> Tensor:

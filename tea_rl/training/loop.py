@@ -214,6 +214,5 @@ class TrainingLoop:
     def _finish(self) -> None:
         self._flush()
         replace_directory(self.run.path / "head", self.head.save_pretrained)
-        profile = self.clock.profile()
-        self.run.write_profile(profile)
+        self.run.write_profile(self.clock.profile())
         write_report(self.run.path)  # draws the curves
