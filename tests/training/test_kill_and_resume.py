@@ -12,6 +12,7 @@ import yaml
 from tiny import save_tiny
 
 KILLS = 12
+STEPS = 40  # more than the kills let pass
 
 
 def command(recipe, output, *options):
@@ -42,7 +43,7 @@ def recipe(tmp_path):
         "data": {"prompts": [f"prompt number {i}" for i in range(12)]},
         "rewards": [{"name": "length", "kwargs": {"max": 1}}],
         "rollout": {"prompts_per_step": 3, "num_generations": 4, "max_completion_length": 6},
-        "train": {"max_steps": 30, "save_steps": 1, "eval_steps": 10, "num_threads": 1},
+        "train": {"max_steps": STEPS, "save_steps": 1, "eval_steps": 10, "num_threads": 1},
     }
     path = tmp_path / "kill.yaml"
     path.write_text(yaml.safe_dump(settings))
@@ -52,31 +53,28 @@ def recipe(tmp_path):
 @pytest.mark.slow
 def test_killed_at_random_moments(recipe, tmp_path):
     whole = tmp_path / "whole"
-    started = time.monotonic()
     result = run(recipe, whole)
-    duration = time.monotonic() - started
     assert result.returncode == 0, result.stderr
 
     rng = random.Random(0)
-    killed, saving, output = 0, 0, tmp_path / "killed"
-    while killed < KILLS:
+    saving, output = 0, tmp_path / "killed"
+    # Moments are counted in the run's own progress where they can be: how fast the machine is must not decide
+    # whether the run outlives its kills.
+    for kill in range(KILLS):
         options = ["--resume"] if output.exists() else []
         process = subprocess.Popen(
             command(recipe, output, *options), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        if killed % 3 == 2:
-            saving += _wait_for_a_save(process, output)  # every third one dies with a checkpoint half written
+        if kill % 3 == 0:
+            time.sleep(rng.uniform(0.1, 1.0))  # imports and loading
+        elif kill % 3 == 1:
+            _wait_for_steps(process, output, rng.randint(1, 2))
+            time.sleep(rng.uniform(0.0, 0.03))
         else:
-            # Most of a start is imports; the kills are to land in the run as well.
-            deadline = time.monotonic() + rng.uniform(0.5, 1.0) * min(duration, 12.0)
-            while process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.02)
-        if process.poll() is not None:
-            break  # the run came to its end between two kills
+            saving += _wait_for_a_save(process, output)  # dies with a checkpoint half written
+        assert process.poll() is None, f"the run ended before kill {kill + 1}: give it more steps"
         process.kill()
         process.wait()
-        killed += 1
-    assert killed >= 10
     assert saving >= 1, "no kill hit a save: make the head larger"
     final = run(recipe, output, "--resume")
     assert final.returncode == 0, final.stderr
@@ -86,8 +84,20 @@ def test_killed_at_random_moments(recipe, tmp_path):
         for line in (output / "metrics.jsonl").read_text().splitlines()
         if '"reward"' in line
     ]
-    assert steps == [f'{{"step": {step}' for step in range(1, 31)]
+    assert steps == [f'{{"step": {step}' for step in range(1, STEPS + 1)]
     assert not [name for name in os.listdir(output / "checkpoints") if name.startswith(".tmp")]
+
+
+def _lines(output) -> int:
+    metrics = output / "metrics.jsonl"
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+
+def _wait_for_steps(process, output, count: int) -> None:
+    """Return once ``count`` more lines of metrics are written, the process ends or a minute has passed."""
+    deadline, wanted = time.monotonic() + 60, _lines(output) + count
+    while process.poll() is None and time.monotonic() < deadline and _lines(output) < wanted:
+        time.sleep(0.001)
 
 
 def _wait_for_a_save(process, output) -> bool:
