@@ -59,6 +59,10 @@ def run(setting: Setting) -> Iterator[Figure]:
             wanted = {**base, name: size}
             found = run_child("stage_scaling.py", json.dumps({**wanted, "repeats": repeats}))
             yield _figure(setting, f"{name} {size}", wanted, found, memory)
+    if not setting.quick:  # what the processor's caches give, taken away
+        wanted = {**base, "vocabulary": max(_SIZES["vocabulary"]), "uniform": True}
+        found = run_child("stage_scaling.py", json.dumps({**wanted, "repeats": repeats}))
+        yield _figure(setting, f"vocabulary {wanted['vocabulary']}, any token", wanted, found, memory)
     counts = setting.pick((10**4, 10**5), (10**4, 10**5, 10**6)) + ((10**7,) if setting.huge else ())
     first = None
     for count in counts:
@@ -99,9 +103,7 @@ def make_head(size: dict[str, Any], device: str = "cpu") -> TeaHead:
 def random_tokens(count: int, size: dict[str, Any], generator: torch.Generator) -> TokenBatch:
     """Tokens as a rollout would leave them, made up: no shortlist here was worth a product with the vocabulary."""
     vocabulary, listed = size["vocabulary"], size["shortlist"]
-    first = torch.randint(vocabulary, (count, 1), generator=generator)
-    stride = 1 + torch.randint(vocabulary // listed - 1, (count, 1), generator=generator)
-    ids = (first + stride * torch.arange(listed)) % vocabulary  # no token twice
+    ids = _listed_tokens(count, listed, vocabulary, size.get("uniform", False), generator)
     logits = torch.randn(count, listed, generator=generator).sort(dim=1, descending=True).values
     slots = torch.randint(listed, (count,), generator=generator)
     numbers = torch.arange(count)
@@ -114,6 +116,25 @@ def random_tokens(count: int, size: dict[str, Any], generator: torch.Generator) 
         states, shortlist, actions, slots, zeros, logps, logps.clone(), zeros, zeros, numbers,
         numbers // _ROW_TOKENS, numbers % _ROW_TOKENS,
     )  # fmt: skip
+
+
+def _listed_tokens(
+    count: int, listed: int, vocabulary: int, uniform: bool, generator: torch.Generator
+) -> torch.Tensor:
+    """Shortlists without repeats, ``(count, listed)``, as unequal as those of text unless ``uniform``.
+
+    Of the tokens that SmolLM2-135M lists in 12,773 positions of film reviews, 100 make up 24 %, 1,000 61 % and 5,000 88 %; the
+    law ``(rank + 50) ** -1.25`` gives 29, 65 and 84 % of that vocabulary. Which token has which rank is drawn: neighbours in memory are not alike.
+    """
+    ranks = torch.arange(vocabulary, dtype=torch.float64)
+    heights = torch.ones_like(ranks) if uniform else (ranks + 50.0) ** -1.25
+    below = heights.cumsum(0) / heights.sum()
+    # One draw from each of as many equal shares of the probability, moved on where it would repeat its neighbour.
+    draws = (torch.arange(listed) + torch.rand(count, listed, generator=generator)) / listed
+    found = torch.searchsorted(below, draws.double()).clamp(max=vocabulary - 1)
+    steps = torch.arange(listed)
+    found = ((found - steps).cummax(dim=1).values + steps).clamp(max=vocabulary - 1)
+    return torch.randperm(vocabulary, generator=generator)[found]
 
 
 def write_random_store(path: Path, count: int, size: dict[str, Any]) -> None:

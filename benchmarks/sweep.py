@@ -8,15 +8,20 @@ Epochs over cached states against LoRA are the stage ``offline_epoch`` of ``suit
 from __future__ import annotations
 
 import argparse
+import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from common import peak_memory_gb, report, seconds
 
 
-def sweep_cost(store: Path, recipe: Any, folder: Path, heads: int) -> tuple[float, float]:
-    """Seconds of a sweep over learning rates with one head and with ``heads``."""
+def sweep_cost(store: Path, recipe: Any, folder: Path, heads: int) -> dict[str, float]:
+    """Seconds of a sweep over learning rates with one head and with ``heads``, and what the ratio cannot fall below.
+
+    Every head has products of its own; the floor is what ``heads`` times these cost, were all else free.
+    """
     from tea_rl.training.sweep import sweep
 
     def cost(count: int) -> float:
@@ -24,7 +29,31 @@ def sweep_cost(store: Path, recipe: Any, folder: Path, heads: int) -> tuple[floa
         grid = {"train.learning_rate": rates}
         return seconds(lambda: sweep(store, recipe, grid, folder / f"sweep-{count}"))
 
-    return cost(1), cost(heads)
+    one, many = cost(1), cost(heads)
+    floor = heads * members_seconds(store, recipe)
+    return {
+        "one_seconds": round(one, 1),
+        "many_seconds": round(many, 1),
+        "ratio": round(many / one, 2),
+        "floor_of_ratio": round(floor / one, 2),
+    }
+
+
+def members_seconds(store: Path, recipe: Any) -> float:
+    """Seconds that the products of one head's own weights take in as many tokens as the sweep trains on."""
+    from tea_rl.head.members import PackedMembers
+    from tea_rl.states import StateStore
+
+    opened, size = StateStore.open(store), 512
+    members = PackedMembers(recipe.head, opened.states.shape[1])
+    states = torch.randn(size, opened.states.shape[1])
+
+    def step() -> None:
+        members(states)[0].sum().backward()
+
+    step()
+    each = statistics.median(seconds(step) for _ in range(9))
+    return each * opened.num_tokens * 0.9 * recipe.train.num_train_epochs / size
 
 
 def main() -> None:
@@ -52,8 +81,7 @@ def main() -> None:
         sweeps = {}
         for sizes in ([64, 64], [256, 256]):
             recipe = parse_recipe({**raw, "head": {"hidden_sizes": sizes}})
-            one, many = sweep_cost(store, recipe, folder / f"{sizes[0]}", args.heads)
-            sweeps[str(sizes)] = round(many / one, 2)
+            sweeps[str(sizes)] = sweep_cost(store, recipe, folder / f"{sizes[0]}", args.heads)
 
         def again() -> None:
             relabel(store, [RewardSpec(name="sentiment", weight=-1.0)], folder)

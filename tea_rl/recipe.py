@@ -149,6 +149,16 @@ class Recipe(Group):
                 f"objective.name {self.objective.name} compares the completions of a prompt and needs "
                 "rollout.num_generations of at least 2, got 1; raise it or use reinforce."
             )
+        if self.rollout.reward_timeout is not None and self.rollout.reward_workers == 0:
+            raise TeaError(
+                "rollout.reward_timeout stops a process that computes rewards and needs rollout.reward_workers of at least 1, "
+                "got 0; raise it, or delete reward_timeout."
+            )
+        if self.rollout.reward_workers > 0 and self.data.prompts is None:
+            raise TeaError(
+                f"rollout.reward_workers compute the rewards of generated completions and need data.prompts, got {sources[0]}; set "
+                "reward_workers: 0."
+            )
         if self.rollout.top_p < 1 or self.rollout.top_k > 0:
             raise TeaError(
                 "training needs rollout.top_p 1 and rollout.top_k 0, got "

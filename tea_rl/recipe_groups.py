@@ -183,6 +183,18 @@ class RolloutConfig(Group):
     )
     top_p: float = Field(1.0, gt=0.0, le=1.0, description="Nucleus sampling; training needs 1 (off).")
     top_k: int = Field(0, ge=0, description="Top-k sampling; training needs 0 (off).")
+    reward_workers: int = Field(
+        0,
+        ge=0,
+        description="Processes that compute the rewards while the next batch is generated, one update behind; for slow rewards. "
+        "0 = between generating and learning.",
+    )
+    reward_timeout: float | None = Field(
+        None,
+        gt=0.0,
+        description="With reward_workers: seconds that a call of the rewards may take; its completions are left out otherwise. "
+        "null = any time.",
+    )
     stop: list[str] = Field(
         default_factory=list,
         description='A completion ends with the first token whose text contains one of these ("\\n").',

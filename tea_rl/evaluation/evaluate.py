@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -11,7 +13,7 @@ from tea_rl.backbone import Backbone
 from tea_rl.data.prompts import Prompt
 from tea_rl.evaluation.metrics import distinct_n, mean
 from tea_rl.head.layer import TeaHead
-from tea_rl.rewards import RewardBatch, RewardSum
+from tea_rl.rewards import RewardBatch, Rewards
 from tea_rl.rollout import DecodeSettings, Rollout, generate
 
 #: Completions decoded together: at least this many, and as many as have this number of tokens at most.
@@ -52,28 +54,39 @@ class Evaluation:
 
 
 def score(
-    rewards: RewardSum, prompts: Sequence[Prompt], generated: Rollout, rows: Sequence[int] | None = None
+    rewards: Rewards, prompts: Sequence[Prompt], generated: Rollout, rows: Sequence[int] | None = None
 ) -> RewardBatch:
     """Rewards of a rollout's completions, or of those at ``rows``."""
+    return rewards(*reward_inputs(prompts, generated, rows))
+
+
+def reward_inputs(
+    prompts: Sequence[Prompt], generated: Rollout, rows: Sequence[int] | None = None
+) -> tuple[list[str], list[str], dict[str, list[Any]]]:
+    """What a reward is told of a rollout's completions, or of those at ``rows``: prompts, completions, the prompts' columns."""
     rows = range(len(generated.texts)) if rows is None else rows
     answered = generated.prompt_index.tolist()
-    return score_texts(
-        rewards, [prompts[answered[row]] for row in rows], [generated.texts[row] for row in rows]
-    )
+    return _inputs([prompts[answered[row]] for row in rows], [generated.texts[row] for row in rows])
 
 
-def score_texts(rewards: RewardSum, prompts: Sequence[Prompt], completions: Sequence[str]) -> RewardBatch:
+def score_texts(rewards: Rewards, prompts: Sequence[Prompt], completions: Sequence[str]) -> RewardBatch:
     """Rewards of completions, each with its prompt's columns."""
+    return rewards(*_inputs(prompts, completions))
+
+
+def _inputs(
+    prompts: Sequence[Prompt], completions: Sequence[str]
+) -> tuple[list[str], list[str], dict[str, list[Any]]]:
     names = {name for prompt in prompts for name in prompt.columns}
     columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in sorted(names)}
-    return rewards([prompt.text for prompt in prompts], list(completions), columns)
+    return [prompt.text for prompt in prompts], list(completions), columns
 
 
 def evaluate(
     backbone: Backbone,
     head: TeaHead,
     prompts: PromptSet,
-    rewards: RewardSum,
+    rewards: Rewards,
     settings: DecodeSettings,
     seed: int = 0,
 ) -> Evaluation:
@@ -97,8 +110,10 @@ def evaluate(
         sampled = (~is_greedy).nonzero().flatten().tolist()
         # Two calls: a reward may compare the texts it is given together.
         batch = score(rewards, part.prompts, generated, sampled)
-        greedy += score(rewards, part.prompts, generated, is_greedy.nonzero().flatten().tolist()).total
-        totals += batch.total
+        best = score(rewards, part.prompts, generated, is_greedy.nonzero().flatten().tolist())
+        # NaN: a worker did not answer in time.
+        greedy += [value for value in best.total if not math.isnan(value)]
+        totals += [value for value in batch.total if not math.isnan(value)]
         of_samples = [generated.texts[row] for row in sampled]
         texts += of_samples
         for name, values in batch.terms.items():

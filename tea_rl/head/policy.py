@@ -62,7 +62,7 @@ class Shortlist(NamedTuple):
 
 
 def build_shortlist(logits: Tensor, size: int) -> tuple[Shortlist, Tensor]:
-    """Split reference logits into a shortlist and its tail, in three passes over the vocabulary.
+    """Split reference logits into a shortlist and its tail, in three passes over the vocabulary: the largest, the softmax, the mean.
 
     Args:
         logits: ``(N, V)`` float32 reference logits at the policy's temperature. **Overwritten.**
@@ -71,12 +71,13 @@ def build_shortlist(logits: Tensor, size: int) -> tuple[Shortlist, Tensor]:
     Returns:
         the shortlist, and the tail's own distribution ``(N, V)`` (zero on the shortlist), to sample a tail token from.
     """
-    top, ids = logits.topk(size, dim=-1)
+    # One more than is listed: the tail begins with its likeliest token, which nobody need look for again.
+    top, ids = logits.topk(size + 1, dim=-1)
+    (top, tail_max), (ids, likeliest) = ((part[:, :size].contiguous(), part[:, size:]) for part in (top, ids))
     logits.scatter_(1, ids, MASKED)
-    tail_max = logits.amax(dim=-1)
     tail_probs = torch.softmax(logits, dim=-1)
     # tau = max - log p(max): the softmax already holds the sum, a separate logsumexp would be another pass.
-    tau = tail_max - tail_probs.amax(dim=-1).log()
+    tau = (tail_max - tail_probs.gather(1, likeliest).log()).squeeze(1)
     tail_mean = torch.linalg.vecdot(tail_probs, logits)
     return Shortlist(ids, top, tau, tau - tail_mean), tail_probs
 

@@ -58,6 +58,17 @@ def advantages(name: str, rewards: Tensor, scale: str = "group") -> Tensor:
     return simple[name](torch.as_tensor(rewards))
 
 
+def known_advantages(name: str, rewards: Tensor, scale: str = "group") -> tuple[Tensor, Tensor]:
+    """The same where some rewards are NaN: such a completion counts as its group's mean and has no advantage.
+
+    Returns:
+        the rewards without NaN (0 in a group that has none), and the advantages, ``(P, G)`` each.
+    """
+    unknown = rewards.isnan()
+    filled = torch.where(unknown, rewards.nanmean(dim=1, keepdim=True).nan_to_num(), rewards)
+    return filled, advantages(name, filled, scale).masked_fill(unknown, 0.0)
+
+
 def stored_advantages(name: str, rewards: Tensor, groups: Tensor, scale: str = "group") -> Tensor:
     """The same for stored rows, whose groups may differ in size; a row alone in its group has no advantage in one.
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tea_rl.errors import TeaError, did_you_mean
 from tea_rl.rewards.builtin import BUILTIN_REWARDS, RewardFunction
@@ -21,12 +21,21 @@ if TYPE_CHECKING:
     from tea_rl.recipe import RewardSpec
 
 
+class Rewards(Protocol):
+    """What scores completions: `RewardSum` here, `RewardWorkers` in processes of their own."""
+
+    def __call__(
+        self, prompts: list[str], completions: list[str], columns: Mapping[str, list[Any]] | None = None
+    ) -> RewardBatch:
+        """Rewards of a batch."""
+
+
 @dataclass(frozen=True)
 class RewardBatch:
     """Rewards of a batch of completions.
 
     Attributes:
-        total: weighted sum of the terms, one number a row.
+        total: weighted sum of the terms, one number a row; NaN where a worker did not answer.
         terms: unweighted values by term; ``None`` where a term does not apply to a row.
     """
 

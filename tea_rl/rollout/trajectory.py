@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -94,6 +94,30 @@ class Rollout:
     def token_ids(self, row: int) -> Tensor:
         """Token ids of a completion as sampled, ``(length,)``."""
         return self.tokens.actions[self.tokens.rows == row]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything but the texts, by name; `from_tensors` puts it together again."""
+        found = {name: getattr(self, name) for name in ("lengths", "finished", "prompt_index")}
+        for field in fields(TokenBatch):
+            value = getattr(self.tokens, field.name)
+            if isinstance(value, Shortlist):
+                found |= {f"shortlist.{name}": part for name, part in value._asdict().items()}
+            elif value is not None:
+                found[f"tokens.{field.name}"] = value
+        return found
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], texts: list[str]) -> Rollout:
+        """A rollout from what `tensors` gave, on the device that they are on."""
+        listed = [tensors.get(f"shortlist.{name}") for name in Shortlist._fields]
+        shortlist = None if listed[0] is None else Shortlist(*listed)  # type: ignore[arg-type]
+        values = {
+            field.name: tensors[f"tokens.{field.name}"]
+            for field in fields(TokenBatch)
+            if field.name != "shortlist"
+        }
+        tokens = TokenBatch(shortlist=shortlist, **values)
+        return cls(tokens, texts, tensors["lengths"], tensors["finished"], tensors["prompt_index"])
 
     def mean_over_rows(self, per_token: Tensor) -> Tensor:
         """Mean of a per-token quantity within each completion, ``(B,)``."""

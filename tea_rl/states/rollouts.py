@@ -234,7 +234,7 @@ def _source_digest(recipe: Recipe, head: TeaHead, data: str, shard_tokens: int) 
     settings = {
         "data": data,
         "rewards": [spec.model_dump() for spec in recipe.rewards],
-        "rollout": recipe.rollout.model_dump(),
+        "rollout": recipe.rollout.model_dump(exclude={"reward_workers", "reward_timeout"}),
         "head": head.config.model_dump(),
         "strength": head.strength,
         "return": None if head.asked_return is None else head.asked_return.tolist(),

@@ -100,6 +100,9 @@ class TrainingLoop:
             self.recipe.train.report_to, self.run.path, self.recipe.model_dump(), resume_step
         )
 
+    def close(self) -> None:
+        """Let go of what the run holds beside memory."""
+
     # -- the loop -----------------------------------------------------------------------------------------------------
 
     def run_to_end(self, should_stop: Callable[[], bool]) -> TrainResult:
@@ -109,6 +112,7 @@ class TrainingLoop:
         finally:
             self._flush()
             self.tracker.close()
+            self.close()
 
     def _run_to_end(self, should_stop: Callable[[], bool]) -> TrainResult:
         train = self.recipe.train

@@ -40,6 +40,7 @@ _FREE_ON_RESUME = {
     ("train", "save_total_limit"),
     ("train", "report_to"),
     ("train", "num_threads"),
+    ("rollout", "reward_timeout"),
 }
 
 
@@ -94,8 +95,10 @@ def check_same_recipe(path: Path, recipe: Recipe) -> None:
     if before is None:
         return  # killed before its first line was written: nothing to contradict
     free = set(_FREE_ON_RESUME)
-    # Learning rates and expected gradients that fall would fall otherwise over another number of steps.
-    if recipe.train.lr_scheduler_type.startswith("constant") and recipe.objective.expected_gradient == 0:
+    # Learning rates and expected gradients that fall would fall otherwise over another number of steps, and the last step
+    # generates nothing ahead.
+    looks_ahead = recipe.objective.expected_gradient > 0 or recipe.rollout.reward_workers > 0
+    if recipe.train.lr_scheduler_type.startswith("constant") and not looks_ahead:
         free.add(("train", "max_steps"))
     if recipe.train.metric_for_best_model is not None:
         free.remove(("train", "eval_steps"))

@@ -6,6 +6,7 @@ is all that the update reads (DESIGN section 1).
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +17,13 @@ import torch
 from tea_rl.backbone import Backbone
 from tea_rl.data.prompts import data_digest, load_prompts, tokenize_prompts
 from tea_rl.errors import TeaError
-from tea_rl.evaluation.evaluate import PromptSet, evaluate, score
+from tea_rl.evaluation.evaluate import PromptSet, evaluate, reward_inputs, score
 from tea_rl.evaluation.metrics import mean
-from tea_rl.objectives.advantages import advantages
+from tea_rl.objectives.advantages import known_advantages
 from tea_rl.recipe import Recipe, load_recipe
-from tea_rl.rewards import load_rewards
+from tea_rl.rewards import RewardBatch, RewardWorkers, load_rewards
 from tea_rl.rollout import DecodeSettings, Rollout, generate
+from tea_rl.training.drawn import Drawn
 from tea_rl.training.generating import GeneratingLoop
 from tea_rl.training.loop import TrainingLoop, TrainResult
 from tea_rl.training.progress import Listener
@@ -104,6 +106,7 @@ class OnlineTrainer(GeneratingLoop):
     def __init__(self, recipe: Recipe, run: RunDirectory, listener: Listener, resume: bool) -> None:
         super().__init__(recipe, run, listener, resume)
         self.rewards = load_rewards(recipe.rewards, recipe.base_dir)
+        self._ahead: Drawn | None = None
         self._load_backbone()
         self.training_prompts, self.held_out = prepare_prompts(recipe, self.backbone)
         if len(self.training_prompts) < recipe.rollout.prompts_per_step:
@@ -114,39 +117,47 @@ class OnlineTrainer(GeneratingLoop):
         self._begin_learning(data_digest(self.training_prompts.prompts, self.held_out.prompts))
         weighs = recipe.objective.expected_gradient > 0
         self.token_value = TokenValue(self.head.weight) if weighs else None
+        self.workers = self._start_workers()  # last: whoever calls this can only close what it got
+
+    def _start_workers(self) -> RewardWorkers | None:
+        rollout = self.recipe.rollout
+        if not rollout.reward_workers:
+            return None
+        return RewardWorkers(
+            self.recipe.rewards,
+            self.recipe.base_dir,
+            rollout.reward_workers,
+            rollout.reward_timeout,
+            self.listener.on_note,
+        )
+
+    def close(self) -> None:
+        """End the processes that compute rewards."""
+        if self.workers is not None:
+            self.workers.close()
 
     def _step(self, step: int) -> None:
         """Roll out, reward, advantage, update."""
         recipe = self.recipe
         started = time.perf_counter()
         generator = seed_step(recipe.train.seed, step)
-        chosen = prompts_of_step(
-            recipe.train.seed, step, len(self.training_prompts), recipe.rollout.prompts_per_step
+        drawn, rewards = self._drawn_with_rewards(step)
+        generated = drawn.rollout
+        known, advantage = known_advantages(
+            recipe.objective.name,
+            torch.tensor(rewards.total).view(len(drawn.chosen), -1),
+            recipe.objective.scale_rewards,
         )
-        prompts = self.training_prompts.take(chosen)
-
-        generated = generate(
-            self.backbone,
-            self.head,
-            prompts.token_ids,
-            decode_settings(recipe, recipe.rollout.num_generations),
-            seed=(recipe.train.seed, step),
-            clock=self.clock,
-        )
-        generation_seconds = time.perf_counter() - started
-        with self.clock.stage("reward"):
-            rewards = score(self.rewards, prompts.prompts, generated)
-        grouped = torch.tensor(rewards.total).view(len(prompts), -1)
-        advantage = advantages(recipe.objective.name, grouped, recipe.objective.scale_rewards).flatten()
-        token_advantage = advantage.to(self.backbone.device)[generated.tokens.rows]
+        token_advantage = advantage.flatten().to(self.backbone.device)[generated.tokens.rows]
         with self.clock.stage("update"):
-            values = self._token_values(step, generated, torch.tensor(rewards.total))
+            values = self._token_values(step, generated, known.flatten())
             report = self.learner.update(generated.tokens, token_advantage, generator, values)
 
         tokens = generated.tokens
+        unscored = sum(math.isnan(value) for value in rewards.total)
         row = {
             "step": step,
-            "reward": mean(rewards.total),
+            "reward": mean([value for value in rewards.total if not math.isnan(value)]),
             **{
                 f"reward/{name}": mean([v for v in values if v is not None])
                 for name, values in rewards.terms.items()
@@ -162,11 +173,42 @@ class OnlineTrainer(GeneratingLoop):
             **({} if self.token_value is None else {"value_correlation": self.token_value.correlation}),
             "completion_length": generated.lengths.float().mean().item(),
             "finished": generated.finished.float().mean().item(),
-            "tokens_per_second": len(tokens) / generation_seconds,
+            **({} if self.workers is None else {"unscored": unscored}),
+            "tokens_per_second": len(tokens) / drawn.seconds,
             "seconds": time.perf_counter() - started,
         }
         self._log(step, row)
         self.listener.on_step(row)
+
+    def _drawn_with_rewards(self, step: int) -> tuple[Drawn, RewardBatch]:
+        """The completions of a step and their rewards; with workers, those of the next step are generated meanwhile."""
+        drawn = self._ahead or self._draw(step)
+        prompts = self.training_prompts.take(drawn.chosen).prompts
+        if self.workers is None:
+            with self.clock.stage("reward"):
+                return drawn, score(self.rewards, prompts, drawn.rollout)
+        pending = self.workers.submit(
+            *reward_inputs(prompts, drawn.rollout), seed=(self.recipe.train.seed, step)
+        )
+        self._ahead = self._draw(step + 1) if step < self.total_steps else None
+        with self.clock.stage("reward"):
+            return drawn, pending.result()
+
+    def _draw(self, step: int) -> Drawn:
+        """Generate a step's completions with the head as it is."""
+        recipe, started = self.recipe, time.perf_counter()
+        chosen = prompts_of_step(
+            recipe.train.seed, step, len(self.training_prompts), recipe.rollout.prompts_per_step
+        )
+        generated = generate(
+            self.backbone,
+            self.head,
+            self.training_prompts.take(chosen).token_ids,
+            decode_settings(recipe, recipe.rollout.num_generations),
+            seed=(recipe.train.seed, step),
+            clock=self.clock,
+        )
+        return Drawn(step, chosen, generated, time.perf_counter() - started)
 
     def _token_values(self, step: int, generated: Rollout, rewards: torch.Tensor) -> torch.Tensor | None:
         """What tokens are worth, with ``objective.expected_gradient``; less with every step: sampled credit has the last word."""
@@ -178,12 +220,15 @@ class OnlineTrainer(GeneratingLoop):
     def _write_state(self, folder: Path) -> dict[str, Any]:
         if self.token_value is not None:
             self.token_value.save(folder)
+        if self._ahead is not None:
+            self._ahead.save(folder)
         return super()._write_state(folder)
 
     def _load_state(self, state: dict[str, Any], folder: Path) -> None:
         super()._load_state(state, folder)
         if self.token_value is not None:
             self.token_value.load(folder)
+        self._ahead = Drawn.load(folder, self.backbone.device) if self.workers is not None else None
 
     def _disagreement(self, generated: Rollout) -> float:
         stride = max(1, len(generated.tokens) // _DISAGREEMENT_STATES)
@@ -196,7 +241,7 @@ class OnlineTrainer(GeneratingLoop):
         seed_step(self.recipe.train.seed, step)  # for rewards that draw random numbers of their own
         settings = decode_settings(self.recipe, self.recipe.train.eval_generations)
         result = evaluate(
-            self.backbone, self.head, self.held_out, self.rewards, settings, self.recipe.train.seed
+            self.backbone, self.head, self.held_out, self.workers or self.rewards, settings, self.recipe.train.seed
         )
         self.last_evaluation = result
         if step == 0:
