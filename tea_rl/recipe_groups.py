@@ -187,7 +187,7 @@ class RolloutConfig(Group):
         0,
         ge=0,
         description="Processes that compute the rewards while the next batch is generated, one update behind; for slow rewards. "
-        "0 = between generating and learning.",
+        "Each sees some of a batch's prompts (echo compares those only). 0 = none: rewards come between generating and learning.",
     )
     reward_timeout: float | None = Field(
         None,
