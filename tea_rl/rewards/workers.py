@@ -8,34 +8,30 @@ from __future__ import annotations
 
 import math
 import os
-import queue
-import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, Pipe, wait
+from multiprocessing.connection import Pipe, wait
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tea_rl.errors import TeaError
-from tea_rl.rewards.loader import RewardBatch, RewardSum, load_rewards
+from tea_rl.rewards.loader import RewardBatch, load_rewards
+from tea_rl.rewards.serving import GRACE, Task
 
 if TYPE_CHECKING:
     from tea_rl.recipe import RewardSpec
 
-#: Seconds an idle worker may take to leave in an orderly manner before it is killed.
-_GRACE = 1.0
 #: Seconds between two looks at processes whose pipe is silent: one that died may have left its pipe to a child.
 _INTERVAL = 1.0
 #: What a worker runs. It finds modules where this process finds them.
-_MAIN = "import sys; sys.path[:] = sys.argv[2:]; from tea_rl.rewards.workers import serve; serve(int(sys.argv[1]))"
+_MAIN = "import sys; sys.path[:] = sys.argv[2:]; from tea_rl.rewards.serving import serve; serve(int(sys.argv[1]))"
 
 
 class RewardWorkers:
@@ -107,7 +103,7 @@ class RewardWorkers:
         tasks = []
         for rows in slices:
             part = {name: values[rows.start : rows.stop] for name, values in columns.items()}
-            task = _Task(
+            task = Task(
                 prompts[rows.start : rows.stop],
                 completions[rows.start : rows.stop],
                 part,
@@ -137,7 +133,7 @@ class RewardWorkers:
         for worker in workers:
             worker.pipe.close()  # all of them hear of it before the first is waited for
         for worker in workers:
-            worker.end(0.0 if self._pending else _GRACE)
+            worker.end(0.0 if self._pending else GRACE)
         self._pending = None
 
     def __enter__(self) -> RewardWorkers:
@@ -180,7 +176,7 @@ class RewardWorkers:
 
     def _lose(self, call: _Call, timeout: float | None) -> None:
         """Give up a call whose worker died or, with ``timeout``, took too long."""
-        code = self._replace(call.worker, _GRACE if timeout is None else 0.0)
+        code = self._replace(call.worker, GRACE if timeout is None else 0.0)
         if timeout is not None:
             why = f"took longer than {timeout:g} s"
             call.outcome = _Lost(why, f"raise rollout.reward_timeout, now {timeout:g} s, or mend the reward")
@@ -254,15 +250,6 @@ class _Call:
     outcome: RewardBatch | TeaError | _Lost | None = None
 
 
-class _Task(NamedTuple):
-    """What a worker is asked to score."""
-
-    prompts: list[str]
-    completions: list[str]
-    columns: dict[str, list[Any]]
-    seed: tuple[int, ...]
-
-
 class _Worker:
     """A process and this end of the pipe to it."""
 
@@ -323,77 +310,3 @@ def _packed(message: Any, parts: Mapping[str, Any]) -> bytes:
                     f"{type(error).__name__}: {' '.join(str(error).split())}; use numbers and texts."
                 ) from error
         raise
-
-
-# From here on: what runs in a worker. Messages to the parent are ("begun", time), then ("scored", RewardBatch) or
-# ("failed", text of a TeaError).
-
-
-def serve(descriptor: int) -> None:
-    """Main function of a worker: load the rewards, then score what comes until the parent has gone.
-
-    Args:
-        descriptor: this process's end of the pipe.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    pipe = Connection(descriptor)
-    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(pipe, inbox), daemon=True).start()
-    with suppress(BrokenPipeError, ConnectionResetError):  # nobody wants the answer any more
-        try:
-            if (setup := inbox.get()) is None:
-                return
-            rewards = load_rewards(*_opened(setup))
-            import numpy  # noqa: F401  # seeded before each call, and start-up is not counted
-        except TeaError as error:
-            pipe.send(("failed", str(error)))
-            return
-        while (message := inbox.get()) is not None:
-            pipe.send(("begun", time.monotonic()))
-            pipe.send(_answer(rewards, message))
-
-
-def _listen(pipe: Connection, inbox: queue.SimpleQueue[Any]) -> None:
-    """Pass messages on; when the parent has gone, see that this process goes, whatever its rewards are doing."""
-    while True:
-        try:
-            packed = pipe.recv_bytes()
-        except (EOFError, OSError):
-            break
-        try:
-            inbox.put(ForkingPickler.loads(packed))
-        except Exception as error:  # a value that can be packed there and not unpacked here
-            inbox.put(error)
-    inbox.put(None)
-    time.sleep(_GRACE)
-    with suppress(ProcessLookupError):
-        os.killpg(os.getpid(), signal.SIGKILL)
-
-
-def _opened(message: Any) -> Any:
-    if isinstance(message, Exception):
-        raise TeaError(
-            "expected settings and data columns that a reward worker can read, got "
-            f"{type(message).__name__}: {' '.join(str(message).split())}; use numbers and texts."
-        ) from message
-    return message
-
-
-def _answer(rewards: RewardSum, message: Any) -> tuple[str, RewardBatch | str]:
-    try:
-        task = _opened(message)
-        _seed(task.seed)
-        return "scored", rewards(task.prompts, task.completions, task.columns)
-    except TeaError as error:
-        return "failed", str(error)
-
-
-def _seed(seed: Sequence[int]) -> None:
-    """Seed what rewards may draw from."""
-    import numpy as np
-
-    state = np.random.SeedSequence(seed).generate_state(3)
-    random.seed(int(state[0]))
-    np.random.seed(int(state[1]))
-    if "torch" in sys.modules:  # it is imported for a reward that needs it only
-        sys.modules["torch"].manual_seed(int(state[2]))

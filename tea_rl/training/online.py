@@ -241,7 +241,12 @@ class OnlineTrainer(GeneratingLoop):
         seed_step(self.recipe.train.seed, step)  # for rewards that draw random numbers of their own
         settings = decode_settings(self.recipe, self.recipe.train.eval_generations)
         result = evaluate(
-            self.backbone, self.head, self.held_out, self.workers or self.rewards, settings, self.recipe.train.seed
+            self.backbone,
+            self.head,
+            self.held_out,
+            self.workers or self.rewards,
+            settings,
+            self.recipe.train.seed,
         )
         self.last_evaluation = result
         if step == 0:
