@@ -179,6 +179,19 @@ class Recipe(Group):
                 f"rewards belong to prompts; {self.env.id} pays its own, got {len(self.rewards)} more; delete them, or weigh the "
                 "environment's terms with the wrapper reward_terms."
             )
+        listed = self.env.choose_admissible or any(w.name == "admissible_actions" for w in self.env.wrappers)
+        for name, default in (("guidance", 1.0), ("dagger_rounds", 0)):
+            value = getattr(self.env.expert, name)
+            if value != default and not listed:
+                raise TeaError(
+                    f"env.expert.{name} is for answers that the environment lists, got {value:g} without env.choose_admissible; "
+                    f"set choose_admissible: true, or delete {name}."
+                )
+        if self.env.expert.episodes > self.env.num_starts:
+            raise TeaError(
+                f"env.expert.episodes is {self.env.expert.episodes}, but only {self.env.num_starts} starts are for training "
+                "(env.num_starts) and those behind them are held out; lower the one or raise the other."
+            )
         if self.env.system is not None and self.env.format == "chat" and not self.env.system.strip():
             raise TeaError("env.system is blank; write a message or delete it.")
 

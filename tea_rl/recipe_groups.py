@@ -116,7 +116,21 @@ class ExpertConfig(Group):
     """Imitation of the environment's expert before reinforcement learning begins."""
 
     episodes: int = Field(0, ge=0, description="Expert episodes to imitate; 0 = none.")
-    num_train_epochs: float = Field(8.0, gt=0.0, description="Passes over their turns.")
+    guidance: float = Field(
+        1.0,
+        ge=0.0,
+        le=1.0,
+        description="With listed answers: share of these episodes' turns in which the expert's answer is taken. In the others the "
+        "head's own is, and the expert says what would have been right: so it learns the way back, too.",
+    )
+    dagger_rounds: int = Field(
+        0,
+        ge=0,
+        description="With listed answers: rounds in which the head then plays by itself, and learns from all episodes so far what "
+        "the expert would have answered (DAgger).",
+    )
+    dagger_episodes: int = Field(64, ge=1, description="Episodes of such a round.")
+    num_train_epochs: float = Field(8.0, gt=0.0, description="Passes over their turns (in each round).")
     learning_rate: float = Field(1e-3, gt=0.0, description="Of this phase.")
 
 

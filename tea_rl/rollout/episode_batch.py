@@ -43,6 +43,8 @@ class EpisodeSettings:
         stop: strings; a turn ends with the first token whose text contains one.
         conversation: chat template or plain transcript.
         choose_admissible: where the environment lists choices (``info["admissible"]``), score them instead of writing.
+        guidance: share of the turns between listed choices in which the environment's expert (``info["expert"]``) is followed,
+            where it names one of them.
         step_timeout: seconds that the environments may take to answer.
     """
 
@@ -55,6 +57,7 @@ class EpisodeSettings:
     stop: tuple[str, ...] = ()
     conversation: ConversationFormat = field(default_factory=ConversationFormat)
     choose_admissible: bool = False
+    guidance: float = 0.0
     step_timeout: float = 60.0
 
     def __post_init__(self) -> None:
@@ -84,6 +87,7 @@ class Turn:
         terminated, truncated: as the environment said after it.
         invalid: the environment did not understand the answer (``info["invalid"]``).
         parsed: the answer as the environment understood it (``info["parsed"]``), where it says so.
+        expert: what the environment's expert would have answered (``info["expert"]``), where there is one.
         finished: the model ended the turn itself (else: ``max_new_tokens``); True for a choice.
     """
 
@@ -96,6 +100,7 @@ class Turn:
     truncated: bool = False
     invalid: bool = False
     parsed: str | None = None
+    expert: str | None = None
     finished: bool = True
 
 

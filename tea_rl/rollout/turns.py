@@ -191,7 +191,8 @@ class Turns:
 
     def _choose(self, lives: Sequence[Live]) -> None:
         """One turn between listed choices."""
-        uniforms = self._uniforms(lives, 1)[:, 0, 0]
+        draws = self._uniforms(lives, 1)[:, 0]
+        uniforms, guided = draws[:, 0], (draws[:, 1] < self.settings.guidance).tolist()
         listed = [self.listed(live.info) for live in lives]
         with self._in_model():
             after, at = self._read(lives, room=0)
@@ -218,12 +219,13 @@ class Turns:
                 key: self.records.share(record, key[1]) for key, record in zip(first, scored, strict=True)
             }
         for number, (live, key) in enumerate(zip(lives, keys, strict=True)):
-            logps = shared[key].logps
-            chosen = int(
-                logps.argmax()
-                if self._greedy(live)
-                else sample_slots(logps.unsqueeze(0), uniforms[number : number + 1])
-            )
+            logps, expert = shared[key].logps, live.info.get("expert")
+            if guided[number] and expert in key[1]:
+                chosen = key[1].index(expert)
+            elif self._greedy(live):
+                chosen = int(logps.argmax())
+            else:
+                chosen = int(sample_slots(logps.unsqueeze(0), uniforms[number : number + 1]))
             self.records.decide(self._open_turn(live), shared[key], chosen)
             for token in token_ids[key][chosen]:
                 live.say(token)
@@ -240,7 +242,13 @@ class Turns:
 
     def _open_turn(self, live: Live) -> int:
         """Begin an episode's next turn; its number in the records."""
-        turn = Turn(live.number, len(live.turns), live.observation)
+        expert = live.info.get("expert")
+        turn = Turn(
+            live.number,
+            len(live.turns),
+            live.observation,
+            expert=expert if isinstance(expert, str) else None,
+        )
         live.turns.append(turn)
         live.completion = []
         return self.records.open(turn)

@@ -148,7 +148,7 @@ class EpisodeTrainer(GeneratingLoop):
             notify = self.listener.on_note
             with self.clock.stage("imitation"):
                 loss = imitate(self.backbone, self.head, self.make_env, self.settings, self.recipe, notify)
-            notify(f"imitated: cross-entropy {loss:.3f} nats a token in the last pass")
+            notify(f"imitated: cross-entropy {loss:.3f} nats in the last pass")
             with self.clock.stage("evaluation"):
                 self._evaluate(0, imitated=True)
         return first

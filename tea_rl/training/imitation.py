@@ -12,7 +12,6 @@ from tea_rl.backbone import Backbone
 from tea_rl.errors import TeaError
 from tea_rl.head.context import ContextState
 from tea_rl.head.layer import AUTO_SHORTLIST_SIZE, TeaHead
-from tea_rl.objectives.anchor import anchored_loss
 from tea_rl.objectives.supervised import cross_entropy
 from tea_rl.recipe import EnvConfig, Recipe
 from tea_rl.rollout.conversation import Conversation
@@ -22,7 +21,8 @@ from tea_rl.rollout.scripted import ScriptedEpisode, ScriptedPlay
 from tea_rl.rollout.trajectory import TokenBatch
 from tea_rl.states.embed import plan_batches
 from tea_rl.states.labelling import TokenLabeller
-from tea_rl.training.optimization import HeadOptimizer
+from tea_rl.training.choice_imitation import imitate_choices
+from tea_rl.training.supervised_passes import supervised_passes
 
 if TYPE_CHECKING:
     import gymnasium
@@ -38,6 +38,8 @@ def imitate(
 ) -> float:
     """Play the expert's episodes, read them once, and train on its answers by cross-entropy.
 
+    Where answers are listed, `imitate_choices` does it.
+
     Args:
         backbone, head: what learns.
         make_env: makes one environment.
@@ -46,34 +48,24 @@ def imitate(
         notify: hears of episodes that are left out.
 
     Returns:
-        cross-entropy of the last pass, nats a token.
+        cross-entropy of the last pass, nats a token, or with listed answers (`imitate_choices`) nats an answer.
 
     Raises:
         TeaError: if no expert's episode can be imitated.
     """
-    expert = recipe.env.expert
+    if settings.choose_admissible:
+        return imitate_choices(backbone, head, make_env, settings, recipe, notify)
     conversation = Conversation(backbone.tokenizer, settings.conversation)
     context = settings.max_context or backbone.max_length
     conversations = expert_conversations(make_env, conversation, settings, recipe.env, context, notify)
     tokens = _answers(backbone, head, conversations, settings.temperature)
+
+    def losses(index: Tensor) -> tuple[Tensor, Tensor]:
+        terms = head.terms(tokens.select(index), settings.temperature, recipe.anchor.divergence)
+        return cross_entropy(terms.logps), terms.anchor
+
     size = recipe.objective.minibatch_tokens
-    steps_per_epoch = max(1, round(len(tokens) / size))
-    total = max(1, round(expert.num_train_epochs * steps_per_epoch))
-    train = recipe.train.model_copy(update={"learning_rate": expert.learning_rate})
-    optimizer = HeadOptimizer(head, recipe.objective, recipe.anchor, train, settings.temperature, total)
-    head.train()
-    losses: list[float] = []
-    parts: list[Tensor] = []
-    for _ in range(total):
-        parts = parts or list(torch.randperm(len(tokens)).chunk(steps_per_epoch))
-        terms = head.terms(tokens.select(parts.pop()), settings.temperature, recipe.anchor.divergence)
-        task = cross_entropy(terms.logps).mean()
-        optimizer.descend(anchored_loss(task, terms.anchor.mean(), recipe.anchor.conservativity))
-        optimizer.end_step()
-        losses.append(task.item())
-    head.eval()
-    last = losses[-steps_per_epoch:]
-    return sum(last) / len(last)
+    return supervised_passes(head, recipe, settings.temperature, len(tokens), size, losses)
 
 
 def check_expert(

@@ -49,13 +49,15 @@ class TurnLearner(Learner):
         return Part(terms.logps, batch.logps, advantages[batch.rows], terms.anchor)
 
     def _decided(self, batch: ChoiceBatch, advantages: Tensor) -> Part:
-        terms = self._terms(batch.tokens)
-        own = choice_logps(terms.logps, batch.tokens.rows, batch.decision_of_choice)
-        anchor = choice_divergence(
-            self.anchor.divergence,
-            terms.logps,
-            batch.tokens.base_logps,
-            batch.tokens.rows,
-            batch.decision_of_choice,
-        )
-        return Part(own[batch.chosen], batch.logps, advantages[batch.turns], anchor)
+        logps, anchor = decision_terms(batch, self._terms(batch.tokens).logps, self.anchor.divergence)
+        return Part(logps, batch.logps, advantages[batch.turns], anchor)
+
+
+def decision_terms(batch: ChoiceBatch, token_logps: Tensor, divergence: str) -> tuple[Tensor, Tensor]:
+    """Log-probability of the choice taken, and the distance to the original policy over choices, ``(Q,)`` each.
+
+    ``token_logps`` are those of ``batch.tokens`` under a head, ``(N,)``; differentiable in them.
+    """
+    places = (batch.tokens.rows, batch.decision_of_choice)
+    own = choice_logps(token_logps, *places)
+    return own[batch.chosen], choice_divergence(divergence, token_logps, batch.tokens.base_logps, *places)
