@@ -36,6 +36,8 @@ NO_LIMIT = 2**31 - 1
 # bfloat16 numbers below this are not all float16 numbers, see `Backbone.digest`.
 SMALLEST_SHARED = 2.0**-14
 DIGEST_ROWS = 4096
+#: What `torch.compile` is given; its default generates C++ on a CPU, and Triton on a GPU.
+COMPILE_BACKEND = "inductor"
 
 
 @dataclass
@@ -56,7 +58,7 @@ class Backbone:
         max_length: tokens in the context, prompt and completion together.
         logit_scale: constant the model multiplies its output layer's result with (Cohere, Granite); 1.0 normally.
             The policy's logits are ``logit_scale * reference(h)``. An installed head returns logits *before* the scale.
-        quantization, revision: as asked for.
+        quantization, revision, compile: as asked for.
     """
 
     model: PreTrainedModel
@@ -73,6 +75,7 @@ class Backbone:
     logit_scale: float
     quantization: str = "none"
     revision: str | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         self._parent, self._attribute, self._reference = find_output_layer(self.model)
@@ -167,7 +170,9 @@ class Backbone:
         kwargs.update(input_ids=input_ids, use_cache=past_key_values is not None)
         with nullcontext() if self._wrapper is None else self._wrapper.paused():
             if context is None:
-                return self.body(**kwargs).last_hidden_state
+                one_token = past_key_values is not None and input_ids.shape[1] == 1
+                run = self._compiled if self.compile and one_token else self.body
+                return run(**kwargs).last_hidden_state
             real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             reader = self._reader(context.config)
             with reader.reading(context, real[:, -input_ids.shape[1] :].bool()) as started:
@@ -175,6 +180,28 @@ class Backbone:
 
     def _reader(self, context: ContextConfig) -> ContextReader:
         return ContextReader(context, self._layers, self.hidden_size)
+
+    @cached_property
+    def _compiled(self) -> Callable[..., Any]:
+        """The transformer as `torch.compile` makes it, for any number of rows and any length.
+
+        Raises, when called:
+            TeaError: it cannot be compiled here.
+        """
+        from torch._dynamo.exc import TorchDynamoException  # a second of imports
+
+        compiled = torch.compile(self.body, dynamic=True, backend=COMPILE_BACKEND)
+
+        def run(**kwargs: Any) -> Any:
+            try:
+                return compiled(**kwargs)
+            except TorchDynamoException as error:
+                raise TeaError(
+                    f"model.compile is true, but torch.compile fails on {self.name_or_path} ({one_line(error, 120)}): install a C++ "
+                    "compiler if there is none, or set model.compile to false"
+                ) from error
+
+        return run
 
     @cached_property
     def _layers(self) -> nn.ModuleList:
@@ -207,6 +234,7 @@ def load_backbone(
     quantization: str = "none",
     device: str = "auto",
     revision: str | None = None,
+    compile: bool = False,
     *,
     notify: Callable[[str], None] | None = None,
 ) -> Backbone:
@@ -222,6 +250,7 @@ def load_backbone(
             output layer is never quantised.
         device: ``auto`` takes CUDA, then MPS, then CPU.
         revision: Hub branch, tag or commit.
+        compile: run the decode step through `torch.compile`; not where a head reads context features.
         notify: told one line before something slow happens; the ``logging`` module when None.
 
     Raises:
@@ -260,6 +289,7 @@ def load_backbone(
         logit_scale=scale,
         quantization=quantization,
         revision=revision,
+        compile=compile,
     )
 
 

@@ -27,6 +27,11 @@ class ModelConfig(Group):
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where the backbone runs.")
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub model.")
+    compile: bool = Field(
+        False,
+        description="Compile the decode step of prompts' completions (torch.compile): minutes at the start, fewer small operations in "
+        "every step. Worth a try for long runs that write few completions at a time; never run on a GPU yet.",
+    )
 
 
 class DataConfig(Group):
