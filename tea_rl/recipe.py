@@ -154,11 +154,15 @@ class Recipe(Group):
                 "rollout.reward_timeout stops a process that computes rewards and needs rollout.reward_workers of at least 1, "
                 "got 0; raise it, or delete reward_timeout."
             )
-        if self.rollout.reward_workers > 0 and self.data.prompts is None:
-            raise TeaError(
-                f"rollout.reward_workers compute the rewards of generated completions and need data.prompts, got {sources[0]}; set "
-                "reward_workers: 0."
-            )
+        for group, name in (
+            ("rollout", "reward_workers"),
+            ("rollout", "dynamic_sampling"),
+            ("objective", "replay_steps"),
+        ):
+            if getattr(getattr(self, group), name) > 0 and self.data.prompts is None:
+                raise TeaError(
+                    f"{group}.{name} is for completions of prompts and needs data.prompts, got {sources[0]}; set {name}: 0."
+                )
         if self.rollout.top_p < 1 or self.rollout.top_k > 0:
             raise TeaError(
                 "training needs rollout.top_p 1 and rollout.top_k 0, got "

@@ -202,6 +202,12 @@ class RolloutConfig(Group):
     )
     top_p: float = Field(1.0, gt=0.0, le=1.0, description="Nucleus sampling; training needs 1 (off).")
     top_k: int = Field(0, ge=0, description="Top-k sampling; training needs 0 (off).")
+    dynamic_sampling: int = Field(
+        0,
+        ge=0,
+        description="Learn only from prompts whose completions earn different rewards, and draw others for the rest, at most so many "
+        "times a step (DAPO); 0 = off. For prompts.",
+    )
     reward_workers: int = Field(
         0,
         ge=0,
@@ -270,6 +276,11 @@ class ObjectiveConfig(Group):
         ge=0.0,
         description="Weight of the policy gradient over all tokens of the shortlist at once, with values of tokens that are fitted "
         "to the rewards of the latest completions; falls to 0 over the run; 0 = off. For prompts, with a shortlist.",
+    )
+    replay_steps: int = Field(
+        0,
+        ge=0,
+        description="With prompts: learn in each step from the rollouts of so many earlier steps as well, weighed by importance ratios; 0 = off.",
     )
     inner_epochs: int = Field(6, ge=1, description="Most passes over one rollout.")
     minibatch_tokens: int = Field(512, ge=1, description="Tokens in one optimizer step, about.")

@@ -8,7 +8,7 @@ conversation's cache row, and a choice whose tokens begin another choice runs wi
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -56,22 +56,25 @@ class ChoiceBatch:
     @staticmethod
     def cat(batches: Sequence[ChoiceBatch]) -> ChoiceBatch:
         """Join batches. ``turns`` keep the numbers that they have in each one's rollout."""
-        tokens, decisions, chosen = [], [], []
-        num_choices = num_decisions = num_states = 0
+        decisions, chosen = [], []
+        num_choices = num_decisions = 0
         for batch in batches:
-            rows, state_ids = batch.tokens.rows + num_choices, batch.tokens.state_ids + num_states
-            tokens.append(replace(batch.tokens, rows=rows, state_ids=state_ids))
             decisions.append(batch.decision_of_choice + num_decisions)
             chosen.append(batch.chosen + num_choices)
             num_choices += len(batch.texts)
             num_decisions += len(batch)
-            num_states = int(state_ids.max()) + 1
         joined = {
             name: torch.cat([getattr(batch, name) for batch in batches])
             for name in ("turns", "logps", "base_logps", "kl", "entropy")
         }
         texts = [text for batch in batches for text in batch.texts]
-        return ChoiceBatch(TokenBatch.cat(tokens), texts, torch.cat(decisions), torch.cat(chosen), **joined)
+        return ChoiceBatch(
+            TokenBatch.join([batch.tokens for batch in batches]),
+            texts,
+            torch.cat(decisions),
+            torch.cat(chosen),
+            **joined,
+        )
 
     def select(self, index: Tensor) -> ChoiceBatch:
         """The decisions at ``index`` (``(M,)``, each at most once), in that order."""

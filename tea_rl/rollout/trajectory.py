@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -72,6 +72,39 @@ class TokenBatch:
                 values[field.name] = None if parts[0] is None else torch.cat(parts)
         return TokenBatch(**values)
 
+    @staticmethod
+    def join(batches: Sequence[TokenBatch]) -> TokenBatch:
+        """`cat` of batches that know nothing of each other: their rows and states are numbered on."""
+        numbered: list[TokenBatch] = []
+        rows = states = 0
+        for batch in batches:
+            numbered.append(replace(batch, rows=batch.rows + rows, state_ids=batch.state_ids + states))
+            if len(batch):
+                rows, states = (
+                    int(numbers.max()) + 1 for numbers in (numbered[-1].rows, numbered[-1].state_ids)
+                )
+        return TokenBatch.cat(numbered)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it by name, for a safetensors file; `from_tensors` puts it together again."""
+        found: dict[str, Tensor] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Shortlist):
+                found |= {f"shortlist.{name}": part for name, part in value._asdict().items()}
+            elif value is not None:
+                found[field.name] = value
+        # Some may be one tensor under two names, such as slots and actions without a shortlist; files hold no such thing.
+        return {name: value.clone(memory_format=torch.contiguous_format) for name, value in found.items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> TokenBatch:
+        """What `tensors` gave; other names are passed over."""
+        listed = [tensors.get(f"shortlist.{name}") for name in Shortlist._fields]
+        shortlist = None if listed[0] is None else Shortlist(*listed)  # type: ignore[arg-type]
+        names = [field.name for field in fields(cls) if field.name != "shortlist"]
+        return cls(shortlist=shortlist, **{name: tensors[name] for name in names})
+
 
 @dataclass
 class Rollout:
@@ -94,30 +127,6 @@ class Rollout:
     def token_ids(self, row: int) -> Tensor:
         """Token ids of a completion as sampled, ``(length,)``."""
         return self.tokens.actions[self.tokens.rows == row]
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything but the texts, by name; `from_tensors` puts it together again."""
-        found = {name: getattr(self, name) for name in ("lengths", "finished", "prompt_index")}
-        for field in fields(TokenBatch):
-            value = getattr(self.tokens, field.name)
-            if isinstance(value, Shortlist):
-                found |= {f"shortlist.{name}": part for name, part in value._asdict().items()}
-            elif value is not None:
-                found[f"tokens.{field.name}"] = value
-        return found
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], texts: list[str]) -> Rollout:
-        """A rollout from what `tensors` gave, on the device that they are on."""
-        listed = [tensors.get(f"shortlist.{name}") for name in Shortlist._fields]
-        shortlist = None if listed[0] is None else Shortlist(*listed)  # type: ignore[arg-type]
-        values = {
-            field.name: tensors[f"tokens.{field.name}"]
-            for field in fields(TokenBatch)
-            if field.name != "shortlist"
-        }
-        tokens = TokenBatch(shortlist=shortlist, **values)
-        return cls(tokens, texts, tensors["lengths"], tensors["finished"], tensors["prompt_index"])
 
     def mean_over_rows(self, per_token: Tensor) -> Tensor:
         """Mean of a per-token quantity within each completion, ``(B,)``."""

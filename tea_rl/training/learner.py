@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -42,6 +42,7 @@ class Learner(HeadOptimizer):
         advantages: Tensor,
         generator: torch.Generator,
         token_values: Tensor | None = None,
+        replayed: Sequence[tuple[TokenBatch, Tensor]] = (),
     ) -> UpdateReport:
         """One step: up to ``inner_epochs`` passes in shuffled minibatches.
 
@@ -54,17 +55,25 @@ class Learner(HeadOptimizer):
             advantages: of each token, ``(N,)``.
             generator: orders the minibatches.
             token_values: what every token of the vocabulary is worth, ``(V,)``, for ``objective.expected_gradient``.
+            replayed: tokens and advantages of earlier rollouts, for the same passes; the trust region is that of ``tokens``
+                alone, for the policy has long left the one that wrote these.
 
         Raises:
             TeaError: after ``max_skipped_steps`` minibatches in a row with a loss or gradient that is not finite.
         """
 
-        def part(index: Tensor) -> Part:
-            batch = tokens.select(index)
-            terms = self._terms(batch, token_values)
-            return Part(terms.logps, batch.logps, advantages[index], terms.anchor, terms.value)
+        new, records, credit = len(tokens), tokens, advantages
+        if replayed:
+            records = TokenBatch.join([tokens, *(old for old, _ in replayed)])
+            credit = torch.cat([advantages, *(old for _, old in replayed)])
 
-        return self._descend(len(tokens), self.objective.minibatch_tokens, part, generator)
+        def part(index: Tensor) -> Part:
+            batch = records.select(index)
+            terms = self._terms(batch, token_values)
+            is_new = index < new if replayed else None
+            return Part(terms.logps, batch.logps, credit[index], terms.anchor, terms.value, is_new)
+
+        return self._descend(len(records), self.objective.minibatch_tokens, part, generator)
 
     def _descend(
         self, count: int, size: int, part: Callable[[Tensor], Part], generator: torch.Generator
@@ -112,14 +121,18 @@ class Learner(HeadOptimizer):
 
     def _left_trust_region(self, part: Part) -> bool:
         target = self.objective.target_kl
-        return target is not None and behaviour_kl(part.logps.detach(), part.behaviour_logps).item() > target
+        logps, behaviour = part.logps.detach(), part.behaviour_logps
+        if part.is_new is not None:
+            logps, behaviour = logps[part.is_new], behaviour[part.is_new]
+        return target is not None and len(logps) > 0 and behaviour_kl(logps, behaviour).item() > target
 
 
 class Part(NamedTuple):
-    """What a minibatch's loss is made of, one entry a token or decision."""
+    """What a minibatch's loss is made of, one entry a token or decision; ``is_new`` None: none of them is replayed."""
 
     logps: Tensor
     behaviour_logps: Tensor
     advantages: Tensor
     anchor: Tensor
     value: Tensor | None = None
+    is_new: Tensor | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,14 @@ from tea_rl.objectives.advantages import known_advantages
 from tea_rl.recipe import Recipe, load_recipe
 from tea_rl.rewards import RewardBatch, RewardWorkers, load_rewards
 from tea_rl.rollout import DecodeSettings, Rollout, generate
-from tea_rl.training.drawn import Drawn
+from tea_rl.rollout.trajectory import TokenBatch
+from tea_rl.training.drawn import Credited, Drawn
 from tea_rl.training.generating import GeneratingLoop
 from tea_rl.training.loop import TrainingLoop, TrainResult
 from tea_rl.training.progress import Listener
+from tea_rl.training.replay import Replay
 from tea_rl.training.run_directory import RunDirectory
-from tea_rl.training.seeding import prompts_of_step, seed_step
+from tea_rl.training.seeding import other_prompts, prompts_of_step, seed_step
 from tea_rl.training.token_value import TokenValue
 
 #: States of a step on which member disagreement is measured.
@@ -107,6 +109,7 @@ class OnlineTrainer(GeneratingLoop):
         super().__init__(recipe, run, listener, resume)
         self.rewards = load_rewards(recipe.rewards, recipe.base_dir)
         self._ahead: Drawn | None = None
+        self.replay = Replay(recipe.objective.replay_steps)
         self._load_backbone()
         self.training_prompts, self.held_out = prepare_prompts(recipe, self.backbone)
         if len(self.training_prompts) < recipe.rollout.prompts_per_step:
@@ -142,18 +145,17 @@ class OnlineTrainer(GeneratingLoop):
         started = time.perf_counter()
         generator = seed_step(recipe.train.seed, step)
         drawn, rewards = self._drawn_with_rewards(step)
-        generated = drawn.rollout
-        known, advantage = known_advantages(
-            recipe.objective.name,
-            torch.tensor(rewards.total).view(len(drawn.chosen), -1),
-            recipe.objective.scale_rewards,
-        )
-        token_advantage = advantage.flatten().to(self.backbone.device)[generated.tokens.rows]
+        credited = [self._credit(drawn, rewards)]
+        credited += self._more(step, drawn, credited[0])
+        useful = [one for one in credited if one.groups] or credited[:1]
+        learnt = TokenBatch.join([one.tokens for one in useful])
+        advantage = torch.cat([one.advantages for one in useful])
         with self.clock.stage("update"):
-            values = self._token_values(step, generated, known.flatten())
-            report = self.learner.update(generated.tokens, token_advantage, generator, values)
+            values = self._token_values(step, drawn.rollout, credited[0].rewards)
+            report = self.learner.update(learnt, advantage, generator, values, self.replay.batches)
+        self.replay.add(learnt, advantage)
 
-        tokens = generated.tokens
+        generated, tokens = drawn.rollout, drawn.rollout.tokens
         unscored = sum(math.isnan(value) for value in rewards.total)
         row = {
             "step": step,
@@ -174,6 +176,7 @@ class OnlineTrainer(GeneratingLoop):
             "completion_length": generated.lengths.float().mean().item(),
             "finished": generated.finished.float().mean().item(),
             **({} if self.workers is None else {"unscored": unscored}),
+            **self._sampling_figures(credited),
             "tokens_per_second": len(tokens) / drawn.seconds,
             "seconds": time.perf_counter() - started,
         }
@@ -196,19 +199,61 @@ class OnlineTrainer(GeneratingLoop):
 
     def _draw(self, step: int) -> Drawn:
         """Generate a step's completions with the head as it is."""
-        recipe, started = self.recipe, time.perf_counter()
-        chosen = prompts_of_step(
-            recipe.train.seed, step, len(self.training_prompts), recipe.rollout.prompts_per_step
-        )
+        seed, per_step = self.recipe.train.seed, self.recipe.rollout.prompts_per_step
+        chosen = prompts_of_step(seed, step, len(self.training_prompts), per_step)
+        return self._generate(step, chosen, (seed, step))
+
+    def _generate(self, step: int, chosen: list[int], seed: tuple[int, ...]) -> Drawn:
+        started = time.perf_counter()
         generated = generate(
             self.backbone,
             self.head,
             self.training_prompts.take(chosen).token_ids,
-            decode_settings(recipe, recipe.rollout.num_generations),
-            seed=(recipe.train.seed, step),
+            decode_settings(self.recipe, self.recipe.rollout.num_generations),
+            seed=seed,
             clock=self.clock,
         )
         return Drawn(step, chosen, generated, time.perf_counter() - started)
+
+    def _credit(self, drawn: Drawn, rewards: RewardBatch) -> Credited:
+        """Advantage of every token; with dynamic sampling only of prompts whose completions earn different rewards."""
+        objective, tokens = self.recipe.objective, drawn.rollout.tokens
+        grouped = torch.tensor(rewards.total).view(len(drawn.chosen), -1)
+        known, advantage = known_advantages(objective.name, grouped, objective.scale_rewards)
+        unequal = known.amax(dim=1) > known.amin(dim=1)
+        token_advantage = advantage.flatten().to(tokens.rows.device)[tokens.rows]
+        if self.recipe.rollout.dynamic_sampling and bool(unequal.any()):
+            useful = unequal.repeat_interleave(grouped.shape[1]).to(tokens.rows.device)[tokens.rows]
+            index = useful.nonzero().squeeze(1)
+            tokens, token_advantage = tokens.select(index), token_advantage[index]
+        return Credited(tokens, token_advantage, known.flatten(), int(unequal.sum()), len(drawn.chosen))
+
+    def _more(self, step: int, drawn: Drawn, first: Credited) -> list[Credited]:
+        """Completions of other prompts, for those of a step that teach nothing (dynamic sampling, Yu et al. 2025, section 3.2)."""
+        seed, found, used = self.recipe.train.seed, [first], set(drawn.chosen)
+        for number in range(1, self.recipe.rollout.dynamic_sampling + 1):
+            missing = len(drawn.chosen) - sum(one.groups for one in found)
+            chosen = other_prompts(seed, step, number, len(self.training_prompts), used, missing)
+            if not chosen:
+                break
+            used |= set(chosen)
+            extra = self._generate(step, chosen, (seed, step, number))
+            with self.clock.stage("reward"):
+                scores = score(
+                    self.workers or self.rewards, self.training_prompts.take(chosen).prompts, extra.rollout
+                )
+            found.append(self._credit(extra, scores))
+        return found[1:]
+
+    def _sampling_figures(self, credited: Sequence[Credited]) -> dict[str, float]:
+        """How many prompts were asked, and how many taught something, for each that a step has."""
+        if not self.recipe.rollout.dynamic_sampling:
+            return {}
+        count = credited[0].drawn
+        return {
+            "prompts_drawn": sum(one.drawn for one in credited) / count,
+            "prompts_learnt": sum(one.groups for one in credited) / count,
+        }
 
     def _token_values(self, step: int, generated: Rollout, rewards: torch.Tensor) -> torch.Tensor | None:
         """What tokens are worth, with ``objective.expected_gradient``; less with every step: sampled credit has the last word."""
@@ -220,6 +265,7 @@ class OnlineTrainer(GeneratingLoop):
     def _write_state(self, folder: Path) -> dict[str, Any]:
         if self.token_value is not None:
             self.token_value.save(folder)
+        self.replay.save(folder)
         if self._ahead is not None:
             self._ahead.save(folder)
         return super()._write_state(folder)
@@ -228,6 +274,7 @@ class OnlineTrainer(GeneratingLoop):
         super()._load_state(state, folder)
         if self.token_value is not None:
             self.token_value.load(folder)
+        self.replay.load(folder, self.backbone.device)
         self._ahead = Drawn.load(folder, self.backbone.device) if self.workers is not None else None
 
     def _disagreement(self, generated: Rollout) -> float:

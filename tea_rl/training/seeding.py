@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 # Streams keep the draws of one seed apart.
-_STEP, _ORDER = 1, 2
+_STEP, _ORDER, _MORE = 1, 2, 3
 
 
 def seed_step(seed: int, step: int) -> torch.Generator:
@@ -31,3 +31,12 @@ def prompts_of_step(seed: int, step: int, num_prompts: int, per_step: int) -> li
         for epoch in {place // num_prompts for place in places}
     }
     return [int(orders[place // num_prompts][place % num_prompts]) for place in places]
+
+
+def other_prompts(
+    seed: int, step: int, number: int, num_prompts: int, used: set[int], wanted: int
+) -> list[int]:
+    """At most ``wanted`` prompts that a step has not used yet, drawn anew for each ``number`` (from 1)."""
+    rest = np.array([index for index in range(num_prompts) if index not in used], dtype=np.int64)
+    order = np.random.default_rng([seed, _MORE, step, number]).permutation(len(rest))
+    return [int(index) for index in rest[order[: max(0, wanted)]]]

@@ -136,5 +136,5 @@ def test_settings_that_make_no_sense_are_refused():
     online = {"data": {"prompts": ["a", "b"]}, "rewards": [{"name": "length", "kwargs": {"max": 3}}]}
     with pytest.raises(TeaError, match="reward_workers of at least 1"):
         parse_recipe({**online, "rollout": {"reward_timeout": 3}})
-    with pytest.raises(TeaError, match=r"need data\.prompts, got env\.id"):
+    with pytest.raises(TeaError, match=r"needs data\.prompts, got env\.id"):
         parse_recipe({"env": {"id": "tea_rl/Bandit-v0"}, "rollout": {"reward_workers": 1}})

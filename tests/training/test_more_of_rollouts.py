@@ -1,0 +1,148 @@
+"""Getting more out of what is generated: earlier rollouts replayed, prompts that teach nothing replaced."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from tiny import save_tiny
+
+from tea_rl import load_recipe, train
+from tea_rl.rollout.trajectory import TokenBatch
+from tea_rl.training.learner import Learner
+from tea_rl.training.replay import Replay
+from tea_rl.training.seeding import other_prompts
+
+REWARD = '''
+def even(prompts, completions, **columns):
+    """Even prompts teach nothing; the others are paid by the share of even code points."""
+    return [
+        0.0 if int(prompt[-1]) % 2 == 0 else sum(ord(letter) % 2 == 0 for letter in text) / max(1, len(text))
+        for prompt, text in zip(prompts, completions)
+    ]
+'''
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    (tmp_path / "rewards.py").write_text(REWARD)
+    recipe = {
+        "model": {"name_or_path": str(save_tiny("llama", tmp_path)), "dtype": "float32"},
+        "head": {"num_members": 2, "hidden_sizes": [16], "shortlist_size": 32, "dropout": 0.1},
+        "data": {"prompts": [f"prompt number {i}" for i in range(10)], "eval_fraction": 0},
+        "rewards": [{"name": "rewards.py:even"}],
+        "rollout": {"prompts_per_step": 4, "num_generations": 6, "max_completion_length": 6},
+        "objective": {"minibatch_tokens": 48, "inner_epochs": 3},
+        "train": {"max_steps": 5, "save_steps": 2, "learning_rate": 3e-3, "warmup_steps": 1},
+    }  # fmt: skip
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def steps(path):
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "reward" in row]
+
+
+def updates_of(monkeypatch):
+    """Tokens, advantages and number of replayed batches of every update, as it happens."""
+    seen, update = [], Learner.update
+
+    def spy(self, tokens, advantages, generator, token_values=None, replayed=()):
+        seen.append((tokens, advantages, len(replayed)))
+        return update(self, tokens, advantages, generator, token_values, replayed)
+
+    monkeypatch.setattr(Learner, "update", spy)
+    return seen
+
+
+def test_prompts_that_teach_nothing_are_replaced(recipe_file, tmp_path, monkeypatch):
+    seen = updates_of(monkeypatch)
+    train(load_recipe(str(recipe_file), ["rollout.dynamic_sampling=3"]), tmp_path / "run")
+    for row, (tokens, advantages, _) in zip(steps(tmp_path / "run"), seen, strict=True):
+        # Half of the ten prompts teach: at most three draws beside the first find four of the five (or all there are).
+        assert row["prompts_learnt"] <= 1.0 <= row["prompts_drawn"]
+        assert row["prompts_learnt"] == 1.0 or row["prompts_drawn"] > 1.0
+        rows = tokens.rows.unique()
+        groups = len(rows) // 6
+        assert len(rows) == 6 * groups and groups == round(4 * row["prompts_learnt"])
+        for number in rows.split(6):
+            own = torch.isin(tokens.rows, number)
+            assert advantages[own].any()
+    drawn = [row["prompts_drawn"] for row in steps(tmp_path / "run")]
+    assert max(drawn) > 1.0
+    train(load_recipe(str(recipe_file)), tmp_path / "plain")
+    assert "prompts_drawn" not in steps(tmp_path / "plain")[0]
+    # The reward that is logged is that of the step's own prompts, or it would look better than it is.
+    assert steps(tmp_path / "plain")[0]["reward"] == steps(tmp_path / "run")[0]["reward"]
+
+
+def test_where_nothing_teaches_the_step_is_as_without(recipe_file, tmp_path):
+    settings = ["data.prompts=[a 0, b 2, c 4, d 6, e 8]", "rollout.dynamic_sampling=2", "train.max_steps=1"]
+    train(load_recipe(str(recipe_file), settings), tmp_path / "run")
+    row = steps(tmp_path / "run")[0]
+    assert (
+        row["prompts_learnt"] == 0.0 and row["prompts_drawn"] == 1.25
+    )  # the fifth prompt is the only other one
+
+
+def test_replayed_steps_are_learnt_from_again(recipe_file, tmp_path, monkeypatch):
+    seen = updates_of(monkeypatch)
+    train(load_recipe(str(recipe_file), ["objective.replay_steps=2"]), tmp_path / "run")
+    assert [count for *_, count in seen] == [0, 1, 2, 2, 2]
+    train(load_recipe(str(recipe_file)), tmp_path / "plain")
+    with_replay, plain = steps(tmp_path / "run"), steps(tmp_path / "plain")
+    assert with_replay[0]["loss"] == plain[0]["loss"] and with_replay[1]["loss"] != plain[1]["loss"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["objective.replay_steps=2"],
+        ["rollout.dynamic_sampling=2", "objective.replay_steps=1", "rollout.reward_workers=1"],
+    ],
+)
+def test_resuming_is_exact(recipe_file, tmp_path, settings):
+    recipe = load_recipe(str(recipe_file), settings)
+    train(recipe, tmp_path / "whole")
+    asked = []
+    train(recipe, tmp_path / "parts", should_stop=lambda: asked.append(1) or len(asked) == 4)
+    train(recipe, tmp_path / "parts", resume=True)
+    heads = [(tmp_path / name / "head" / "tea_head.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert heads[0] == heads[1]
+
+
+def test_replay_keeps_what_it_was_given(tmp_path):
+    def batch(count, offset):
+        numbers = torch.arange(count)
+        parts = [torch.rand(count) for _ in range(5)]
+        return TokenBatch(
+            torch.rand(count, 3), None, numbers, numbers, *parts, numbers + offset, numbers // 2, numbers
+        )
+
+    replay = Replay(2)
+    for count in (2, 3, 4):
+        replay.add(batch(count, 7), torch.full((count,), float(count)))
+    replay.save(tmp_path)
+    again = Replay(2)
+    again.load(tmp_path, torch.device("cpu"))
+    assert [len(tokens) for tokens, _ in again.batches] == [3, 4]
+    for (tokens, advantages), (mine, own) in zip(again.batches, replay.batches, strict=True):
+        assert torch.equal(advantages, own)
+        assert all(torch.equal(value, mine.tensors()[name]) for name, value in tokens.tensors().items())
+    joined = TokenBatch.join([tokens for tokens, _ in again.batches])
+    # Nothing of one is taken for something of the other.
+    assert len(joined.state_ids.unique()) == 7 and len(joined.rows.unique()) == 4
+    nothing = Replay(0)
+    nothing.add(*replay.batches[0])
+    nothing.save(tmp_path / "missing")
+    assert not nothing.batches
+
+
+def test_other_prompts_are_other_prompts():
+    found = other_prompts(3, 5, 1, 10, {1, 2, 3}, 4)
+    assert len(set(found)) == 4 and not {1, 2, 3} & set(found) and set(found) <= set(range(10))
+    assert found == other_prompts(3, 5, 1, 10, {1, 2, 3}, 4) != other_prompts(3, 5, 2, 10, {1, 2, 3}, 4)
+    assert len(other_prompts(3, 5, 1, 10, {1, 2, 3}, 40)) == 7
+    assert other_prompts(3, 5, 1, 10, set(), 0) == other_prompts(3, 5, 1, 3, {0, 1, 2}, 4) == []
