@@ -185,21 +185,27 @@ class Backbone:
     def _compiled(self) -> Callable[..., Any]:
         """The transformer as `torch.compile` makes it, for any number of rows and any length.
 
-        Raises, when called:
-            TeaError: it cannot be compiled here.
+        Raises:
+            TeaError: it cannot be compiled here; what is returned raises it, too.
         """
         from torch._dynamo.exc import TorchDynamoException  # a second of imports
 
-        compiled = torch.compile(self.body, dynamic=True, backend=COMPILE_BACKEND)
+        def failed(error: Exception) -> TeaError:
+            return TeaError(
+                f"model.compile is true, but torch.compile fails on {self.name_or_path} ({one_line(error, 120)}): install a C++ "
+                "compiler if there is none, or set model.compile to false"
+            )
+
+        try:
+            compiled = torch.compile(self.body, dynamic=True, backend=COMPILE_BACKEND)
+        except RuntimeError as error:  # a Python or a system that it does not support
+            raise failed(error) from error
 
         def run(**kwargs: Any) -> Any:
             try:
                 return compiled(**kwargs)
             except TorchDynamoException as error:
-                raise TeaError(
-                    f"model.compile is true, but torch.compile fails on {self.name_or_path} ({one_line(error, 120)}): install a C++ "
-                    "compiler if there is none, or set model.compile to false"
-                ) from error
+                raise failed(error) from error
 
         return run
 

@@ -138,6 +138,18 @@ class Recipe(Group):
                 "objective.expected_gradient compares the completions of a prompt and needs rollout.num_generations of at least 2, "
                 "got 1; raise it, or set expected_gradient: 0."
             )
+        if self.rollout.dynamic_sampling > 0 and (
+            self.objective.name not in ("grpo", "rloo") or self.objective.scale_rewards == "batch"
+        ):
+            raise TeaError(
+                "rollout.dynamic_sampling leaves prompts out, so completions must be compared within their prompt: it needs "
+                f"objective.name grpo or rloo and scale_rewards group or none, got {self.objective.name} and "
+                f"{self.objective.scale_rewards}; set them, or dynamic_sampling: 0."
+            )
+        if self.model.compile and self.head.context.num_means:
+            raise TeaError(
+                "model.compile does not go with head.context, whose features are read between the layers, got both; set one of them."
+            )
         if self.anchor.dataset is not None and (not self.offline or self.anchor.conservativity == 0):
             lacks = "data.dataset or data.store" if not self.offline else "anchor.conservativity above 0"
             raise TeaError(
@@ -183,13 +195,16 @@ class Recipe(Group):
                 f"rewards belong to prompts; {self.env.id} pays its own, got {len(self.rewards)} more; delete them, or weigh the "
                 "environment's terms with the wrapper reward_terms."
             )
-        listed = self.env.choose_admissible or any(w.name == "admissible_actions" for w in self.env.wrappers)
         for name, default in (("guidance", 1.0), ("dagger_rounds", 0)):
             value = getattr(self.env.expert, name)
-            if value != default and not listed:
+            if value != default and not self.env.scores_choices:
                 raise TeaError(
                     f"env.expert.{name} is for answers that the environment lists, got {value:g} without env.choose_admissible; "
                     f"set choose_admissible: true, or delete {name}."
+                )
+            if value != default and not self.env.expert.episodes:
+                raise TeaError(
+                    f"env.expert.{name} is {value:g}, but no episode is imitated; set env.expert.episodes, or delete {name}."
                 )
         if self.env.expert.episodes > self.env.num_starts:
             raise TeaError(

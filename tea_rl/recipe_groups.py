@@ -29,7 +29,7 @@ class ModelConfig(Group):
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub model.")
     compile: bool = Field(
         False,
-        description="Compile the decode step of prompts' completions (torch.compile): minutes at the start, fewer small operations in "
+        description="Compile the transformer's step by one token (torch.compile): minutes at the start, fewer small operations in "
         "every step. Worth a try for long runs that write few completions at a time; never run on a GPU yet.",
     )
 
@@ -173,6 +173,13 @@ class EnvConfig(Group):
     )
     expert: ExpertConfig = Field(default_factory=ExpertConfig, description="Supervised start.")
 
+    @property
+    def scores_choices(self) -> bool:
+        """Whether listed answers are scored: it is set, or the wrapper that is made for it says so."""
+        return self.choose_admissible or any(
+            wrapper.name == "admissible_actions" for wrapper in self.wrappers
+        )
+
     @field_validator("user")
     @classmethod
     def _has_observation(cls, value: str) -> str:
@@ -205,13 +212,13 @@ class RolloutConfig(Group):
     dynamic_sampling: int = Field(
         0,
         ge=0,
-        description="Learn only from prompts whose completions earn different rewards, and draw others for the rest, at most so many "
-        "times a step (DAPO); 0 = off. For prompts.",
+        description="Learn only from prompts whose completions earn different rewards (if any do), and draw others for the rest, at "
+        "most so many times a step (DAPO); 0 = off. For prompts, with grpo or rloo.",
     )
     reward_workers: int = Field(
         0,
         ge=0,
-        description="Processes that compute the rewards while the next batch is generated, one update behind; for slow rewards. "
+        description="In training: processes that compute the rewards while the next batch is generated, one update behind; for slow rewards. "
         "Each sees some of a batch's prompts (echo compares those only). 0 = none: rewards come between generating and learning.",
     )
     reward_timeout: float | None = Field(
@@ -280,7 +287,8 @@ class ObjectiveConfig(Group):
     replay_steps: int = Field(
         0,
         ge=0,
-        description="With prompts: learn in each step from the rollouts of so many earlier steps as well, weighed by importance ratios; 0 = off.",
+        description="With prompts: learn in each step from the rollouts of so many earlier steps as well, weighed by importance ratios; the first "
+        "of the inner epochs always goes over all of them. 0 = off.",
     )
     inner_epochs: int = Field(6, ge=1, description="Most passes over one rollout.")
     minibatch_tokens: int = Field(512, ge=1, description="Tokens in one optimizer step, about.")

@@ -33,8 +33,7 @@ class _TimedTrainer(OnlineTrainer):
         if step == 0:
             self.course.begin()
         else:
-            calls = step * self.recipe.rollout.prompts_per_step * self.recipe.rollout.num_generations
-            self.course.after_step(step, calls)
+            self.course.after_step(step, self.rewards_asked)
         point = self.course.curve[-1]
         if point.step == step:
             self._log(step, {"step": step, "eval_reward": point.reward})

@@ -59,14 +59,21 @@ def advantages(name: str, rewards: Tensor, scale: str = "group") -> Tensor:
 
 
 def known_advantages(name: str, rewards: Tensor, scale: str = "group") -> tuple[Tensor, Tensor]:
-    """The same where some rewards are NaN: such a completion counts as its group's mean and has no advantage.
+    """The same where some rewards are NaN: such completions have no advantage, and groups of them alone count for nothing.
+
+    One that is unknown beside known ones counts as their mean.
 
     Returns:
-        the rewards without NaN (0 in a group that has none), and the advantages, ``(P, G)`` each.
+        the advantages, ``(P, G)``; and which groups hold different known rewards, ``(P,)`` bool.
     """
     unknown = rewards.isnan()
-    filled = torch.where(unknown, rewards.nanmean(dim=1, keepdim=True).nan_to_num(), rewards)
-    return filled, advantages(name, filled, scale).masked_fill(unknown, 0.0)
+    some = ~unknown.all(dim=1)
+    result = torch.zeros_like(rewards)
+    if bool(some.any()):
+        means = rewards[some].nanmean(dim=1, keepdim=True)
+        result[some] = advantages(name, torch.where(unknown[some], means, rewards[some]), scale)
+    highest, lowest = rewards.masked_fill(unknown, -torch.inf), rewards.masked_fill(unknown, torch.inf)
+    return result.masked_fill(unknown, 0.0), highest.amax(dim=1) > lowest.amin(dim=1)
 
 
 def stored_advantages(name: str, rewards: Tensor, groups: Tensor, scale: str = "group") -> Tensor:

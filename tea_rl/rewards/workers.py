@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 #: Seconds between two looks at processes whose pipe is silent: one that died may have left its pipe to a child.
 _INTERVAL = 1.0
+#: Batches in a row without a single reward that are put up with.
+_PATIENCE = 3
 #: What a worker runs. It finds modules where this process finds them.
 _MAIN = "import sys; sys.path[:] = sys.argv[2:]; from tea_rl.rewards.serving import serve; serve(int(sys.argv[1]))"
 
@@ -71,6 +73,8 @@ class RewardWorkers:
         plain = [SimpleNamespace(name=spec.name, weight=spec.weight, kwargs=spec.kwargs) for spec in specs]
         setup = (plain, Path(base_dir).absolute())
         self._setup = _packed(setup, {f'the settings of "{spec.name}"': spec.kwargs for spec in specs})
+        #: Batches in a row of which no row was scored.
+        self.silent = 0
         self._pending: PendingRewards | None = None
         self._workers = [_Worker(self._setup) for _ in range(workers)]
 
@@ -198,6 +202,7 @@ class PendingRewards:
 
     def __init__(self, workers: RewardWorkers, calls: Sequence[_Call]) -> None:
         self.workers, self.calls = workers, calls
+        self._counted = False
 
     def result(self) -> RewardBatch:
         """Wait for the rewards; a second call returns them again.
@@ -207,7 +212,7 @@ class PendingRewards:
 
         Raises:
             TeaError: what a reward function did wrong, as `RewardSum` words it (rows counted from the slice's first); or if
-                no row at all was scored.
+                this is one of several batches in a row of which no row was scored.
             RuntimeError: if the workers were closed before.
         """
         self.workers._collect(self)
@@ -225,10 +230,15 @@ class PendingRewards:
                     terms[name][place] = values
             elif call.outcome is not None:
                 lost.append(call.outcome)
-        if lost and len(lost) == len(self.calls):
+        silent = bool(lost) and len(lost) == len(self.calls)
+        if not self._counted:  # a second call returns the same again
+            self._counted = True
+            self.workers.silent = self.workers.silent + 1 if silent else 0
+        if silent and self.workers.silent >= _PATIENCE:
             why, advice = (dict.fromkeys(words) for words in zip(*lost, strict=True))
             raise TeaError(
-                f"expected rewards for {size} completions, got none: every worker {' or '.join(why)}; {'; '.join(advice)}."
+                f"expected rewards for {size} completions, got none, {_PATIENCE} times in a row: every worker {' or '.join(why)}; "
+                f"{'; '.join(advice)}."
             )
         return RewardBatch(total, terms)
 
@@ -258,12 +268,17 @@ class _Worker:
         with theirs:
             descriptor = theirs.fileno()
             # A session of its own: Ctrl-C reaches the parent alone, and what rewards start can be ended with the worker.
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", _MAIN, str(descriptor), *map(str, sys.path)],
-                stdin=subprocess.DEVNULL,
-                pass_fds=[descriptor],
-                start_new_session=True,
-            )
+            try:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-c", _MAIN, str(descriptor), *map(str, sys.path)],
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=[descriptor],
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise TeaError(
+                    f"a process for rewards could not be started ({error.strerror}); lower rollout.reward_workers"
+                ) from error
         self.send(setup)
 
     def send(self, message: bytes) -> None:

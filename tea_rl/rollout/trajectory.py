@@ -75,6 +75,8 @@ class TokenBatch:
     @staticmethod
     def join(batches: Sequence[TokenBatch]) -> TokenBatch:
         """`cat` of batches that know nothing of each other: their rows and states are numbered on."""
+        if len(batches) == 1:
+            return batches[0]
         numbered: list[TokenBatch] = []
         rows = states = 0
         for batch in batches:

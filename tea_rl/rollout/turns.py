@@ -54,6 +54,12 @@ class Live:
         self.ids, self.mask = self.ids + ids, self.mask + [False] * len(ids)
         self.observation, self.info = observation, info
 
+    @property
+    def expert(self) -> str | None:
+        """What the environment's expert would answer now; None where there is none."""
+        answer = self.info.get("expert")
+        return None if answer is None else str(answer)
+
     def say(self, token: int) -> None:
         """Append a token of the model."""
         self.ids.append(token)
@@ -219,8 +225,8 @@ class Turns:
                 key: self.records.share(record, key[1]) for key, record in zip(first, scored, strict=True)
             }
         for number, (live, key) in enumerate(zip(lives, keys, strict=True)):
-            logps, expert = shared[key].logps, live.info.get("expert")
-            if guided[number] and expert in key[1]:
+            logps, expert = shared[key].logps, live.expert
+            if guided[number] and expert is not None and expert in key[1]:
                 chosen = key[1].index(expert)
             elif self._greedy(live):
                 chosen = int(logps.argmax())
@@ -242,13 +248,7 @@ class Turns:
 
     def _open_turn(self, live: Live) -> int:
         """Begin an episode's next turn; its number in the records."""
-        expert = live.info.get("expert")
-        turn = Turn(
-            live.number,
-            len(live.turns),
-            live.observation,
-            expert=expert if isinstance(expert, str) else None,
-        )
+        turn = Turn(live.number, len(live.turns), live.observation, expert=live.expert)
         live.turns.append(turn)
         live.completion = []
         return self.records.open(turn)

@@ -229,12 +229,18 @@ def _stored_tokens(tokens: TokenBatch, num_rows: int, labeller: TokenLabeller) -
     return replace(labelled, logps=tokens.logps)
 
 
+#: What of a recipe's ``rollout`` decides which completions are stored.
+_DECIDING = {
+    "prompts_per_step", "num_generations", "max_completion_length", "temperature", "top_p", "top_k", "stop",
+}  # fmt: skip
+
+
 def _source_digest(recipe: Recipe, head: TeaHead, data: str, shard_tokens: int) -> str:
     """SHA-256 over everything that decides the bytes of the shards beside the header; more steps may follow."""
     settings = {
         "data": data,
         "rewards": [spec.model_dump() for spec in recipe.rewards],
-        "rollout": recipe.rollout.model_dump(exclude={"reward_workers", "reward_timeout"}),
+        "rollout": recipe.rollout.model_dump(include=_DECIDING),
         "head": head.config.model_dump(),
         "strength": head.strength,
         "return": None if head.asked_return is None else head.asked_return.tolist(),

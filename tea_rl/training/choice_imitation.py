@@ -57,8 +57,9 @@ def imitate_choices(
     rounds = [(expert.episodes, expert.guidance), *[(expert.dagger_episodes, 0.0)] * expert.dagger_rounds]
     known: list[ChoiceBatch] = []
     loss, first = 0.0, 0
-    for number, (count, guidance) in enumerate(rounds):
-        starts = [EpisodeStart(index % env.num_starts, number) for index in range(first, first + count)]
+    for count, guidance in rounds:
+        places = [divmod(index, env.num_starts) for index in range(first, first + count)]
+        starts = [EpisodeStart(start, generation) for generation, start in places]
         first += count
         played = run_episodes(
             backbone,
@@ -114,7 +115,10 @@ def _report(
     who = f"guided in {guidance:.0%} of the turns" if guidance else "by itself"
     mean = sum(episode.total_reward for episode in sound) / len(sound)
     answers = 0 if advice is None else len(advice)
-    notify(f"played {len(sound)} episodes {who}: return {mean:+.3f}, {answers} answers of the expert")
+    turns = sum(episode.length for episode in sound)
+    notify(
+        f"played {len(sound)} episodes {who}: return {mean:+.3f}, {answers} of {turns} turns with an expert's answer"
+    )
 
 
 def _fit(head: TeaHead, known: ChoiceBatch, temperature: float, recipe: Recipe) -> float:

@@ -1,8 +1,9 @@
-"""A rollout on its way to the learner: which prompts it answers, and its place in a checkpoint while it waits for rewards."""
+"""A rollout on its way to the learner: which prompts it answers, its place in a checkpoint, and what its tokens earned."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tea_rl.objectives.advantages import known_advantages
+from tea_rl.recipe import ObjectiveConfig
 from tea_rl.rollout import Rollout
 from tea_rl.rollout.trajectory import TokenBatch
 
@@ -68,7 +71,7 @@ class Credited:
     Attributes:
         tokens: those that are worth learning from.
         advantages: of each of them, ``(N,)``.
-        rewards: of every completion, unknown ones replaced, ``(B,)``.
+        rewards: of every completion, NaN where unknown, ``(B,)``.
         groups: prompts whose completions earn different rewards.
         drawn: prompts.
     """
@@ -78,3 +81,23 @@ class Credited:
     rewards: Tensor
     groups: int
     drawn: int
+
+
+def credit(drawn: Drawn, total: Sequence[float], objective: ObjectiveConfig, only_unequal: bool) -> Credited:
+    """Advantage of every token of a draw.
+
+    Args:
+        drawn: the completions.
+        total: their rewards, NaN where unknown.
+        objective: says how they are compared.
+        only_unequal: leave out the tokens of prompts whose completions earn the same, unless all do.
+    """
+    rewards, tokens = torch.tensor(total, dtype=torch.float32), drawn.rollout.tokens
+    grouped = rewards.view(len(drawn.chosen), -1)
+    advantage, unequal = known_advantages(objective.name, grouped, objective.scale_rewards)
+    of_token = advantage.flatten().to(tokens.rows.device)[tokens.rows]
+    if only_unequal and bool(unequal.any()):
+        useful = unequal.repeat_interleave(grouped.shape[1]).to(tokens.rows.device)[tokens.rows]
+        index = useful.nonzero().squeeze(1)
+        tokens, of_token = tokens.select(index), of_token[index]
+    return Credited(tokens, of_token, rewards, int(unequal.sum()), len(drawn.chosen))

@@ -69,11 +69,6 @@ def held_out_starts(env: EnvConfig) -> list[int]:
     return list(range(env.num_starts, env.num_starts + env.eval_starts))
 
 
-def chooses_admissible(env: EnvConfig) -> bool:
-    """Whether listed answers are scored: it is set, or the wrapper that is made for it says so."""
-    return env.choose_admissible or any(wrapper.name == "admissible_actions" for wrapper in env.wrappers)
-
-
 def starts_of_step(recipe: Recipe, step: int) -> list[EpisodeStart]:
     """The episodes of a step (from 1): every training start comes once before any comes twice."""
     rollout = recipe.rollout
@@ -106,7 +101,7 @@ def episode_settings(recipe: Recipe) -> EpisodeSettings:
         conversation=ConversationFormat(
             env.format, env.system, env.user, env.assistant_end, env.choice_prefix
         ),
-        choose_admissible=chooses_admissible(env),
+        choose_admissible=env.scores_choices,
         step_timeout=env.step_timeout,
     )
 
@@ -130,7 +125,9 @@ class EpisodeTrainer(GeneratingLoop):
             check_expert(self.make_env, self.settings, recipe.env)
         self._load_backbone()
         self._measured_base = False
-        digest = hashlib.sha256(json.dumps(recipe.env.model_dump(), sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256(
+            json.dumps(recipe.env.model_dump(exclude_defaults=True), sort_keys=True).encode()
+        ).hexdigest()
         self._begin_learning(digest)
         uses_critic = recipe.objective.name == "ppo"
         self.critic = (

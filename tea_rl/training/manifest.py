@@ -17,7 +17,7 @@ import tea_rl
 from tea_rl.backbone import Backbone
 from tea_rl.errors import TeaError
 from tea_rl.head.layer import TeaHead
-from tea_rl.recipe import Recipe
+from tea_rl.recipe import Recipe, parse_recipe
 from tea_rl.training.stored_recipe import OPTIONAL_SETTINGS
 
 _PACKAGES = (
@@ -31,7 +31,7 @@ _PACKAGES = (
     "datasets",
 )
 #: Settings that may differ on resume: none of them changes what a step computes (``train.num_threads`` only in the last
-#: bits; nor does ``train.max_steps``, under a schedule that does not look ahead), nor which head is kept
+#: bits, ``rollout.reward_timeout`` only where a call took that long; nor does ``train.max_steps``, under a schedule that does not look ahead), nor which head is kept
 #: (``train.eval_steps`` does where the best one is).
 _FREE_ON_RESUME = {
     ("description",),
@@ -94,6 +94,7 @@ def check_same_recipe(path: Path, recipe: Recipe) -> None:
     before = run_recipe(path)
     if before is None:
         return  # killed before its first line was written: nothing to contradict
+    before = _with_defaults(before)
     free = set(_FREE_ON_RESUME)
     # Learning rates and expected gradients that fall would fall otherwise over another number of steps, and the last step
     # generates nothing ahead.
@@ -117,6 +118,14 @@ def check_same_recipe(path: Path, recipe: Recipe) -> None:
             f"cannot resume {path}: the recipe differs from the run's in {changed}; set it back (the run's is in "
             f"{path / 'recipe.yaml'}) or start a new run"
         )
+
+
+def _with_defaults(before: dict[str, Any]) -> dict[str, Any]:
+    """A run's recipe with the settings that have come since it began, at the defaults that leave it as it was."""
+    try:
+        return dict(yaml.safe_load(parse_recipe(before).to_yaml()))
+    except TeaError:  # settings that have gone since: what differs is named
+        return before
 
 
 def run_recipe(path: Path) -> dict[str, Any] | None:

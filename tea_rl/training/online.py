@@ -19,13 +19,13 @@ from tea_rl.data.prompts import data_digest, load_prompts, tokenize_prompts
 from tea_rl.errors import TeaError
 from tea_rl.evaluation.evaluate import PromptSet, evaluate, reward_inputs, score
 from tea_rl.evaluation.metrics import mean
-from tea_rl.objectives.advantages import known_advantages
 from tea_rl.recipe import Recipe, load_recipe
 from tea_rl.rewards import RewardBatch, RewardWorkers, load_rewards
 from tea_rl.rollout import DecodeSettings, Rollout, generate
 from tea_rl.rollout.trajectory import TokenBatch
-from tea_rl.training.drawn import Credited, Drawn
+from tea_rl.training.drawn import Credited, Drawn, credit
 from tea_rl.training.generating import GeneratingLoop
+from tea_rl.training.learner import UpdateReport
 from tea_rl.training.loop import TrainingLoop, TrainResult
 from tea_rl.training.progress import Listener
 from tea_rl.training.replay import Replay
@@ -103,13 +103,18 @@ def prepare_prompts(recipe: Recipe, backbone: Backbone) -> tuple[PromptSet, Prom
 
 
 class OnlineTrainer(GeneratingLoop):
-    """An online run: a step rolls out, rewards and updates; `train` is the usual way in."""
+    """An online run: a step rolls out, rewards and updates; `train` is the usual way in.
+
+    Attributes:
+        rewards_asked: completions of training that rewards were asked for since this process began.
+    """
 
     def __init__(self, recipe: Recipe, run: RunDirectory, listener: Listener, resume: bool) -> None:
         super().__init__(recipe, run, listener, resume)
         self.rewards = load_rewards(recipe.rewards, recipe.base_dir)
         self._ahead: Drawn | None = None
         self.replay = Replay(recipe.objective.replay_steps)
+        self.rewards_asked = 0
         self._load_backbone()
         self.training_prompts, self.held_out = prepare_prompts(recipe, self.backbone)
         if len(self.training_prompts) < recipe.rollout.prompts_per_step:
@@ -145,18 +150,10 @@ class OnlineTrainer(GeneratingLoop):
         started = time.perf_counter()
         generator = seed_step(recipe.train.seed, step)
         drawn, rewards = self._drawn_with_rewards(step)
-        credited = [self._credit(drawn, rewards)]
-        credited += self._more(step, drawn, credited[0])
-        useful = [one for one in credited if one.groups] or credited[:1]
-        learnt = TokenBatch.join([one.tokens for one in useful])
-        advantage = torch.cat([one.advantages for one in useful])
-        with self.clock.stage("update"):
-            values = self._token_values(step, drawn.rollout, credited[0].rewards)
-            report = self.learner.update(learnt, advantage, generator, values, self.replay.batches)
-        self.replay.add(learnt, advantage)
-
+        credited = [self._credit(drawn, rewards), *self._more(step, drawn, rewards)]
+        report = self._update(step, drawn, credited, generator)
         generated, tokens = drawn.rollout, drawn.rollout.tokens
-        unscored = sum(math.isnan(value) for value in rewards.total)
+        unscored = sum(int(one.rewards.isnan().sum()) for one in credited)
         row = {
             "step": step,
             "reward": mean([value for value in rewards.total if not math.isnan(value)]),
@@ -183,19 +180,45 @@ class OnlineTrainer(GeneratingLoop):
         self._log(step, row)
         self.listener.on_step(row)
 
+    def _update(
+        self, step: int, drawn: Drawn, credited: list[Credited], generator: torch.Generator
+    ) -> UpdateReport:
+        """Learn from what was drawn, and from what is replayed."""
+        if all(bool(one.rewards.isnan().all()) for one in credited):
+            # Not one reward: the anchor alone would undo what has been learnt.
+            learning_rate = self.learner.learning_rate
+            self.learner.end_step()
+            return UpdateReport(0.0, 0.0, 0.0, learning_rate, self.learner.skipped_steps)
+        useful = [one for one in credited if one.groups] or credited[:1]
+        tokens = TokenBatch.join([one.tokens for one in useful])
+        advantages = torch.cat([one.advantages for one in useful])
+        with self.clock.stage("update"):
+            values = self._token_values(step, drawn.rollout, credited[0].rewards)
+            report = self.learner.update(tokens, advantages, generator, values, self.replay.batches)
+        self.replay.add(tokens, advantages)
+        return report
+
     def _drawn_with_rewards(self, step: int) -> tuple[Drawn, RewardBatch]:
         """The completions of a step and their rewards; with workers, those of the next step are generated meanwhile."""
-        drawn = self._ahead or self._draw(step)
-        prompts = self.training_prompts.take(drawn.chosen).prompts
+        drawn, seed = self._ahead or self._draw(step), (self.recipe.train.seed, step)
         if self.workers is None:
-            with self.clock.stage("reward"):
-                return drawn, score(self.rewards, prompts, drawn.rollout)
-        pending = self.workers.submit(
-            *reward_inputs(prompts, drawn.rollout), seed=(self.recipe.train.seed, step)
-        )
+            return drawn, self._score(drawn, seed)
+        prompts = self.training_prompts.take(drawn.chosen).prompts
+        pending = self.workers.submit(*reward_inputs(prompts, drawn.rollout), seed=seed)
         self._ahead = self._draw(step + 1) if step < self.total_steps else None
         with self.clock.stage("reward"):
-            return drawn, pending.result()
+            found = pending.result()
+        self.rewards_asked += len(found.total)
+        return drawn, found
+
+    def _score(self, drawn: Drawn, seed: tuple[int, ...]) -> RewardBatch:
+        """Rewards of a draw, waited for; ``seed`` is for those of workers that draw random numbers."""
+        prompts = self.training_prompts.take(drawn.chosen).prompts
+        self.rewards_asked += len(drawn.rollout.texts)
+        with self.clock.stage("reward"):
+            if self.workers is None:
+                return score(self.rewards, prompts, drawn.rollout)
+            return self.workers.submit(*reward_inputs(prompts, drawn.rollout), seed=seed).result()
 
     def _draw(self, step: int) -> Drawn:
         """Generate a step's completions with the head as it is."""
@@ -216,34 +239,22 @@ class OnlineTrainer(GeneratingLoop):
         return Drawn(step, chosen, generated, time.perf_counter() - started)
 
     def _credit(self, drawn: Drawn, rewards: RewardBatch) -> Credited:
-        """Advantage of every token; with dynamic sampling only of prompts whose completions earn different rewards."""
-        objective, tokens = self.recipe.objective, drawn.rollout.tokens
-        grouped = torch.tensor(rewards.total).view(len(drawn.chosen), -1)
-        known, advantage = known_advantages(objective.name, grouped, objective.scale_rewards)
-        unequal = known.amax(dim=1) > known.amin(dim=1)
-        token_advantage = advantage.flatten().to(tokens.rows.device)[tokens.rows]
-        if self.recipe.rollout.dynamic_sampling and bool(unequal.any()):
-            useful = unequal.repeat_interleave(grouped.shape[1]).to(tokens.rows.device)[tokens.rows]
-            index = useful.nonzero().squeeze(1)
-            tokens, token_advantage = tokens.select(index), token_advantage[index]
-        return Credited(tokens, token_advantage, known.flatten(), int(unequal.sum()), len(drawn.chosen))
+        only_unequal = self.recipe.rollout.dynamic_sampling > 0
+        return credit(drawn, rewards.total, self.recipe.objective, only_unequal)
 
-    def _more(self, step: int, drawn: Drawn, first: Credited) -> list[Credited]:
+    def _more(self, step: int, drawn: Drawn, rewards: RewardBatch) -> list[Credited]:
         """Completions of other prompts, for those of a step that teach nothing (dynamic sampling, Yu et al. 2025, section 3.2)."""
-        seed, found, used = self.recipe.train.seed, [first], set(drawn.chosen)
+        seed, used, found = self.recipe.train.seed, set(drawn.chosen), []
+        missing = len(drawn.chosen) - self._credit(drawn, rewards).groups
         for number in range(1, self.recipe.rollout.dynamic_sampling + 1):
-            missing = len(drawn.chosen) - sum(one.groups for one in found)
             chosen = other_prompts(seed, step, number, len(self.training_prompts), used, missing)
             if not chosen:
                 break
             used |= set(chosen)
             extra = self._generate(step, chosen, (seed, step, number))
-            with self.clock.stage("reward"):
-                scores = score(
-                    self.workers or self.rewards, self.training_prompts.take(chosen).prompts, extra.rollout
-                )
-            found.append(self._credit(extra, scores))
-        return found[1:]
+            found.append(self._credit(extra, self._score(extra, (seed, step, number))))
+            missing -= found[-1].groups
+        return found
 
     def _sampling_figures(self, credited: Sequence[Credited]) -> dict[str, float]:
         """How many prompts were asked, and how many taught something, for each that a step has."""

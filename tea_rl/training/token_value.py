@@ -68,7 +68,7 @@ class TokenValue:
         Args:
             step: number of the training step; each is noted once.
             tokens: of the rollout.
-            rewards: of its completions, ``(R,)``.
+            rewards: of its completions, ``(R,)``; NaN where unknown.
             groups: the prompt of each completion, ``(R,)``.
 
         Returns:
@@ -98,7 +98,8 @@ class TokenValue:
         for rows, actions in zip(tokens.rows.split(_BLOCK), tokens.actions.split(_BLOCK), strict=True):
             unit = (self._weight[actions].float() - self._mean) / self._norms[actions].unsqueeze(1)
             features.index_add_(0, rows, unit)
-        features = features.cpu()
+        known = ~rewards.isnan()
+        features, rewards, groups = features.cpu()[known], rewards[known], groups[known]
         names, at, sizes = torch.unique(groups, return_inverse=True, return_counts=True)
         means = torch.zeros(len(names), features.shape[1]).index_add_(0, at, features) / sizes.unsqueeze(1)
         reward_means = torch.zeros(len(names)).index_add_(0, at, rewards) / sizes

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+import tea_rl.rewards.workers as workers_module
 from tea_rl.errors import TeaError
 from tea_rl.recipe import RewardSpec
 from tea_rl.rewards import RewardWorkers, load_rewards
@@ -234,18 +235,22 @@ def test_workers_that_hang_or_die_cost_their_rows_only(folder, tmp_path):
             assert values(workers(prompts, fine), "act") == [1.0, 2.0, 1.0, 2.0]
 
 
-def test_a_batch_without_any_reward_is_an_error_and_close_ends_all(folder, tmp_path):
+def test_batches_without_any_reward_end_in_an_error_and_close_ends_all(folder, tmp_path, monkeypatch):
     notes = []
     workers = RewardWorkers(
         [*mine("act", folder=str(tmp_path)), *mine("process")], folder, 2, 2.0, notes.append
     )
+    monkeypatch.setattr(workers_module, "_PATIENCE", 2)
+    assert all(map(math.isnan, workers(["a", "b"], ["exit", "hang"]).total))
+    assert workers(["a", "b"], ["x", "x"]).total  # a batch that is scored begins the count anew
+    assert all(map(math.isnan, workers(["a", "b"], ["exit", "hang"]).total))
     with pytest.raises(TeaError) as caught:
         workers(["a", "b"], ["exit", "hang"])
     assert str(caught.value) == (
-        "expected rewards for 2 completions, got none: every worker ended with code 3 or took longer than 2 s; mend the "
+        "expected rewards for 2 completions, got none, 2 times in a row: every worker ended with code 3 or took longer than 2 s; mend the "
         "reward, or see that the memory is enough; raise rollout.reward_timeout, now 2 s, or mend the reward."
     )
-    assert len(notes) == 2
+    assert len(notes) == 6
     processes = values(workers(["a", "b"], ["x", "x"]), "process")
 
     (tmp_path / "child").unlink()

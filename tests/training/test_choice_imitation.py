@@ -65,7 +65,7 @@ def test_guided_episodes_teach(recipe_file, tmp_path):
     assert base < 0.6 and imitated > 0.9
     # Always guided: the expert's return is 1.
     assert notes == [
-        "played 12 episodes guided in 100% of the turns: return +1.000, 24 answers of the expert"
+        "played 12 episodes guided in 100% of the turns: return +1.000, 24 of 24 turns with an expert's answer"
     ]
 
 
@@ -138,6 +138,10 @@ def test_an_expert_that_names_nothing_listed_is_one_line(recipe_file, tmp_path, 
     [
         ({"expert": {"episodes": 9}, "num_starts": 8}, "only 8 starts are for training"),
         ({"expert": {"guidance": 0.5}}, "guidance is for answers that the environment lists, got 0.5"),
+        (
+            {"expert": {"dagger_rounds": 2}, "choose_admissible": True},
+            "dagger_rounds is 2, but no episode is imitated",
+        ),
         ({"expert": {"dagger_rounds": 2}}, "dagger_rounds is for answers that the environment lists, got 2"),
     ],
 )

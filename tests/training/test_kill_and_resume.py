@@ -42,7 +42,13 @@ def recipe(tmp_path):
         },
         "data": {"prompts": [f"prompt number {i}" for i in range(12)]},
         "rewards": [{"name": "length", "kwargs": {"max": 1}}],
-        "rollout": {"prompts_per_step": 3, "num_generations": 4, "max_completion_length": 6},
+        "objective": {"replay_steps": 1},
+        "rollout": {
+            "prompts_per_step": 3,
+            "num_generations": 4,
+            "max_completion_length": 6,
+            "reward_workers": 1,
+        },  # fmt: skip
         "train": {"max_steps": STEPS, "save_steps": 1, "eval_steps": 10, "num_threads": 1},
     }
     path = tmp_path / "kill.yaml"

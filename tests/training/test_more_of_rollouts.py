@@ -8,6 +8,8 @@ import yaml
 from tiny import save_tiny
 
 from tea_rl import load_recipe, train
+from tea_rl.errors import TeaError
+from tea_rl.recipe import parse_recipe
 from tea_rl.rollout.trajectory import TokenBatch
 from tea_rl.training.learner import Learner
 from tea_rl.training.replay import Replay
@@ -138,6 +140,33 @@ def test_replay_keeps_what_it_was_given(tmp_path):
     nothing.add(*replay.batches[0])
     nothing.save(tmp_path / "missing")
     assert not nothing.batches
+
+
+def test_settings_that_make_no_sense_are_refused():
+    online = {"data": {"prompts": ["a", "b"]}, "rewards": [{"name": "length", "kwargs": {"max": 3}}]}
+    for objective in ({"name": "reinforce"}, {"name": "grpo", "scale_rewards": "batch"}):
+        with pytest.raises(TeaError, match="dynamic_sampling leaves prompts out"):
+            parse_recipe({**online, "objective": objective, "rollout": {"dynamic_sampling": 2}})
+    with pytest.raises(TeaError, match=r"objective\.replay_steps .* needs data\.prompts, got env\.id"):
+        parse_recipe({"env": {"id": "tea_rl/Bandit-v0"}, "objective": {"replay_steps": 1}})
+    with pytest.raises(TeaError, match=r"model\.compile does not go with head\.context"):
+        parse_recipe({**online, "model": {"compile": True}, "head": {"context": {"layers": [1]}}})
+
+
+def test_a_run_from_before_a_setting_existed_is_resumed(recipe_file, tmp_path):
+    recipe = load_recipe(str(recipe_file))
+    train(recipe, tmp_path / "whole")
+    asked = []
+    train(recipe, tmp_path / "old", should_stop=lambda: asked.append(1) or len(asked) == 3)
+    path = tmp_path / "old" / "recipe.yaml"
+    known = yaml.safe_load(path.read_text())
+    del known["objective"]["replay_steps"], known["rollout"]["reward_workers"], known["model"]["compile"]
+    path.write_text(yaml.safe_dump(known))
+    train(recipe, tmp_path / "old", resume=True)
+    heads = [(tmp_path / name / "head" / "tea_head.safetensors").read_bytes() for name in ("whole", "old")]
+    assert heads[0] == heads[1]
+    with pytest.raises(TeaError, match=r"objective\.replay_steps \(0 then, 2 now\)"):
+        train(load_recipe(str(recipe_file), ["objective.replay_steps=2"]), tmp_path / "old", resume=True)
 
 
 def test_other_prompts_are_other_prompts():
