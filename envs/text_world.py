@@ -43,6 +43,8 @@ class TextWorld(TextEnv):
         num_games: how many games there are; ``options={"index": i}`` is game ``i`` modulo this.
         seed: another seed gives other games.
         max_turns: commands before the episode is truncated.
+        repeat_goal: end every observation with the quest, instead of telling it once at the beginning: a small model acts on
+            what it has just read.
 
     Raises:
         TeaError: the package is missing, or no game has these properties.
@@ -59,6 +61,7 @@ class TextWorld(TextEnv):
         num_games: int = 16,
         seed: int = 0,
         max_turns: int = 10,
+        repeat_goal: bool = False,
         render_mode: str | None = None,
     ) -> None:
         require("textworld", "tea_rl/TextWorld-v0")
@@ -69,6 +72,7 @@ class TextWorld(TextEnv):
         }
         self.num_games = whole_number("num_games", num_games, 1)
         self._seed = whole_number("seed", seed, 0)
+        self._repeat_goal = bool(repeat_goal)
         super().__init__(
             max_turns=whole_number("max_turns", max_turns, 1),
             reward_range=(-1.0, 1.0),
@@ -92,7 +96,9 @@ class TextWorld(TextEnv):
             self._state = self._inner.reset()
         self._score = 0.0
         self._quest = max(1, len(self._state["policy_commands"] or []))
-        return f"{_goal(self._state['objective'])}\n{self._describe()}"
+        goal = _goal(self._state["objective"])
+        self._reminder = f"\nTask: {goal}" if self._repeat_goal else ""
+        return self._describe() if self._repeat_goal else f"{goal}\n{self._describe()}"
 
     def _act(self, text: str) -> Turn:
         command = text.strip().removesuffix(".").lower()
@@ -111,7 +117,7 @@ class TextWorld(TextEnv):
 
     def _describe(self) -> str:
         commands = "; ".join(self._admissible())
-        return f"{describe_facts(self._state['facts'])}\nYou can: {commands}.\nDo:"
+        return f"{describe_facts(self._state['facts'])}\nYou can: {commands}.{self._reminder}\nDo:"
 
     def _admissible(self) -> list[str]:
         return [name for name in self._state["admissible_commands"] if not name.startswith(_IDLE)]
