@@ -191,6 +191,15 @@ class TestTextWorld:
             told = text.rpartition("Exits: ")[2].partition(".")[0].split(", ")
             assert ways <= set(told)
 
+    def test_the_quest_is_told_once_or_every_time(self):
+        once = make_env("tea_rl/TextWorld-v0", {"num_games": 1})
+        always = make_env("tea_rl/TextWorld-v0", {"num_games": 1, "repeat_goal": True})
+        quest, _, rest = once.reset(options={"index": 0})[0].partition("\n")
+        text, info = always.reset(options={"index": 0})
+        assert text == rest.replace("\nDo:", f"\nTask: {quest}\nDo:") and quest not in rest
+        told = [env.step(info["expert"])[0] for env in (once, always)]
+        assert quest not in told[0] and told[1].count(f"Task: {quest}\nDo:") == 1
+
     def test_only_listed_commands_are_taken(self):
         env = make_env("tea_rl/TextWorld-v0", {"num_games": 1})
         _, info = env.reset(options={"index": 0})
