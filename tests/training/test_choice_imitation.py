@@ -128,11 +128,20 @@ def test_joined_decisions_are_the_parts(model):
     assert own.texts == second.choices.texts and torch.equal(own.chosen, second.choices.chosen)
 
 
-def test_an_expert_that_names_nothing_listed_is_one_line(recipe_file, tmp_path, monkeypatch):
-    # The registered class: another test may have imported the module under another name before.
-    monkeypatch.setattr(gymnasium.spec("EasyPick-v0").entry_point, "_expert", lambda self: "z")
-    with pytest.raises(TeaError, match="nothing of 12 episodes can be imitated.*EasyPick-v0 never names"):
-        trained(recipe_file, tmp_path / "run")
+class Odd(easy_envs.Pick):
+    """`Pick` whose expert names a letter that is not listed."""
+
+    def _expert(self):
+        return "z"
+
+
+def test_an_expert_that_names_nothing_listed_is_one_line(recipe_file, tmp_path):
+    gymnasium.register("EasyOdd-v0", entry_point=Odd, disable_env_checker=True)
+    try:
+        with pytest.raises(TeaError, match="nothing of 12 episodes can be imitated.*EasyOdd-v0 never names"):
+            trained(recipe_file, tmp_path / "run", "env.id=EasyOdd-v0")
+    finally:
+        del gymnasium.registry["EasyOdd-v0"]
 
 
 @pytest.mark.parametrize(
