@@ -223,9 +223,7 @@ class EpisodeTrainer(GeneratingLoop):
         played = len(batch.tokens) > 0 or batch.choices is not None
         if played and not bool(advantage.any()):
             # All episodes of each start did equally well. The anchor alone would undo what has been learnt.
-            learning_rate = self.learner.learning_rate
-            self.learner.end_step()
-            return UpdateReport(0.0, 0.0, 0.0, learning_rate, self.learner.skipped_steps)
+            return self.learner.skip()
         if not played:
             raise nothing_played(batch, self.recipe)
         return self.learner.update_turns(batch.tokens, batch.choices, advantage, generator)

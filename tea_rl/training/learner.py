@@ -75,6 +75,12 @@ class Learner(HeadOptimizer):
 
         return self._descend(len(records), self.objective.minibatch_tokens, part, generator)
 
+    def skip(self) -> UpdateReport:
+        """A step that learns nothing; only the schedule goes on."""
+        learning_rate = self.learning_rate
+        self.end_step()
+        return UpdateReport(0.0, 0.0, 0.0, learning_rate, self.skipped_steps)
+
     def _descend(
         self, count: int, size: int, part: Callable[[Tensor], Part], generator: torch.Generator
     ) -> UpdateReport:

@@ -20,7 +20,7 @@ from tea_rl.errors import TeaError
 from tea_rl.evaluation.evaluate import PromptSet, evaluate, reward_inputs, score
 from tea_rl.evaluation.metrics import mean
 from tea_rl.recipe import Recipe, load_recipe
-from tea_rl.rewards import RewardBatch, RewardWorkers, load_rewards
+from tea_rl.rewards import PendingRewards, RewardBatch, RewardWorkers, load_rewards
 from tea_rl.rollout import DecodeSettings, Rollout, generate
 from tea_rl.rollout.trajectory import TokenBatch
 from tea_rl.training.drawn import Credited, Drawn, credit
@@ -150,7 +150,8 @@ class OnlineTrainer(GeneratingLoop):
         started = time.perf_counter()
         generator = seed_step(recipe.train.seed, step)
         drawn, rewards = self._drawn_with_rewards(step)
-        credited = [self._credit(drawn, rewards), *self._more(step, drawn, rewards)]
+        first = self._credit(drawn, rewards)
+        credited = [first, *self._more(step, drawn, first)]
         report = self._update(step, drawn, credited, generator)
         generated, tokens = drawn.rollout, drawn.rollout.tokens
         unscored = sum(int(one.rewards.isnan().sum()) for one in credited)
@@ -186,9 +187,7 @@ class OnlineTrainer(GeneratingLoop):
         """Learn from what was drawn, and from what is replayed."""
         if all(bool(one.rewards.isnan().all()) for one in credited):
             # Not one reward: the anchor alone would undo what has been learnt.
-            learning_rate = self.learner.learning_rate
-            self.learner.end_step()
-            return UpdateReport(0.0, 0.0, 0.0, learning_rate, self.learner.skipped_steps)
+            return self.learner.skip()
         useful = [one for one in credited if one.groups] or credited[:1]
         tokens = TokenBatch.join([one.tokens for one in useful])
         advantages = torch.cat([one.advantages for one in useful])
@@ -203,22 +202,23 @@ class OnlineTrainer(GeneratingLoop):
         drawn, seed = self._ahead or self._draw(step), (self.recipe.train.seed, step)
         if self.workers is None:
             return drawn, self._score(drawn, seed)
-        prompts = self.training_prompts.take(drawn.chosen).prompts
-        pending = self.workers.submit(*reward_inputs(prompts, drawn.rollout), seed=seed)
+        pending = self._ask(self.workers, drawn, seed)
         self._ahead = self._draw(step + 1) if step < self.total_steps else None
         with self.clock.stage("reward"):
-            found = pending.result()
-        self.rewards_asked += len(found.total)
-        return drawn, found
+            return drawn, pending.result()
 
     def _score(self, drawn: Drawn, seed: tuple[int, ...]) -> RewardBatch:
         """Rewards of a draw, waited for; ``seed`` is for those of workers that draw random numbers."""
-        prompts = self.training_prompts.take(drawn.chosen).prompts
-        self.rewards_asked += len(drawn.rollout.texts)
         with self.clock.stage("reward"):
-            if self.workers is None:
-                return score(self.rewards, prompts, drawn.rollout)
-            return self.workers.submit(*reward_inputs(prompts, drawn.rollout), seed=seed).result()
+            if self.workers is not None:
+                return self._ask(self.workers, drawn, seed).result()
+            self.rewards_asked += len(drawn.rollout.texts)
+            return score(self.rewards, self.training_prompts.take(drawn.chosen).prompts, drawn.rollout)
+
+    def _ask(self, workers: RewardWorkers, drawn: Drawn, seed: tuple[int, ...]) -> PendingRewards:
+        self.rewards_asked += len(drawn.rollout.texts)
+        prompts = self.training_prompts.take(drawn.chosen).prompts
+        return workers.submit(*reward_inputs(prompts, drawn.rollout), seed=seed)
 
     def _draw(self, step: int) -> Drawn:
         """Generate a step's completions with the head as it is."""
@@ -242,10 +242,10 @@ class OnlineTrainer(GeneratingLoop):
         only_unequal = self.recipe.rollout.dynamic_sampling > 0
         return credit(drawn, rewards.total, self.recipe.objective, only_unequal)
 
-    def _more(self, step: int, drawn: Drawn, rewards: RewardBatch) -> list[Credited]:
+    def _more(self, step: int, drawn: Drawn, first: Credited) -> list[Credited]:
         """Completions of other prompts, for those of a step that teach nothing (dynamic sampling, Yu et al. 2025, section 3.2)."""
         seed, used, found = self.recipe.train.seed, set(drawn.chosen), []
-        missing = len(drawn.chosen) - self._credit(drawn, rewards).groups
+        missing = first.drawn - first.groups
         for number in range(1, self.recipe.rollout.dynamic_sampling + 1):
             chosen = other_prompts(seed, step, number, len(self.training_prompts), used, missing)
             if not chosen:
