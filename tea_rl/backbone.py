@@ -27,6 +27,7 @@ from tea_rl.head.context_wrapper import ContextWrapper
 from tea_rl.model_source import ModelSource, find_model, one_line, quiet_transformers
 from tea_rl.probe import find_output_layer, output_weight, probe_output
 from tea_rl.quantization import check_quantization, quantization_config, use_weight_only_int8
+from tea_rl.w8a8 import use_w8a8
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -252,8 +253,8 @@ def load_backbone(
         dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto``. ``auto`` is bfloat16 on GPUs that have it (else
             float16), bfloat16 on MPS and on CPUs with bfloat16 instructions (AMX or AVX-512 BF16), and float32 on
             every other CPU, where bfloat16 is emulated and 2 to 4 times slower.
-        quantization: ``none``, ``int8`` or ``nf4`` (double quantisation), both through bitsandbytes, on CPU too. The
-            output layer is never quantised.
+        quantization: ``none``; ``int8`` or ``nf4`` (double quantisation), both through bitsandbytes, on CPU too; or
+            ``w8a8``, integer products for CPUs (`tea_rl.w8a8`). The output layer is never quantised.
         device: ``auto`` takes CUDA, then MPS, then CPU.
         revision: Hub branch, tag or commit.
         compile: run the decode step through `torch.compile`; not where a head reads context features.
@@ -275,6 +276,8 @@ def load_backbone(
     if getattr(model, "is_loaded_in_8bit", False):
         use_weight_only_int8(model)
     model.requires_grad_(False).eval()
+    if quantization == "w8a8":
+        use_w8a8(model.base_model, tokenizer, _context_length(model, tokenizer))
     eos, pad = _special_tokens(model, tokenizer)
     weight = output_weight(find_output_layer(model)[2])
     vocab_size, hidden_size = weight.shape
@@ -376,9 +379,10 @@ def _load_model(
         kwargs["quantization_config"] = GgufConfig(dequantize=True)
     else:
         kwargs["use_safetensors"] = True  # never unpickle weights
-    if quantization != "none":
-        kwargs["quantization_config"] = quantization_config(quantization, dtype)
-    if quantization != "none" or device.type != "cpu":
+    packing = quantization_config(quantization, dtype)
+    if packing is not None:
+        kwargs["quantization_config"] = packing
+    if packing is not None or device.type != "cpu":
         kwargs["device_map"] = {"": str(device)}
     # A dense CPU load gets no device map: its weights then stay memory-mapped, paged in as they are used.
     try:

@@ -1,7 +1,7 @@
-"""8- and 4-bit weights for a backbone, through bitsandbytes.
+"""8- and 4-bit weights for a backbone: through bitsandbytes (``int8``, ``nf4``), or with 8-bit inputs (`tea_rl.w8a8`).
 
-Both kinds quantise weights alone: a token's state depends on that token's past and on nothing else in the batch, so
-a state that was recorded can be computed again.
+Whichever it is, a token's state depends on that token's past and on nothing else in the batch, so a state that was
+recorded can be computed again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from tea_rl.errors import TeaError, did_you_mean
 
-QUANTIZATIONS = ("none", "int8", "nf4")
+QUANTIZATIONS = ("none", "int8", "nf4", "w8a8")
 
 
 def check_quantization(quantization: str, device: torch.device) -> None:
@@ -27,7 +27,11 @@ def check_quantization(quantization: str, device: torch.device) -> None:
     if quantization not in QUANTIZATIONS:
         known, hint = ", ".join(QUANTIZATIONS), did_you_mean(quantization, QUANTIZATIONS)
         raise TeaError(f'model.quantization must be one of {known}, got "{quantization}".{hint}')
-    if quantization == "none":
+    if quantization == "w8a8" and device.type != "cpu":
+        raise TeaError(
+            f"model.quantization w8a8 is for device cpu, got {device.type}: use int8 or nf4, or set model.device to cpu"
+        )
+    if quantization in ("none", "w8a8"):
         return
     if importlib.util.find_spec("bitsandbytes") is None:
         raise TeaError(
@@ -39,7 +43,7 @@ def check_quantization(quantization: str, device: torch.device) -> None:
 
 
 def quantization_config(quantization: str, dtype: torch.dtype) -> Any | None:
-    """What ``from_pretrained`` is told for ``int8`` or ``nf4``; None for ``none``."""
+    """What ``from_pretrained`` is told for ``int8`` or ``nf4``; None for what it loads dense."""
     from transformers import BitsAndBytesConfig
 
     if quantization == "int8":

@@ -22,15 +22,17 @@ class ModelConfig(Group):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Number format of the backbone; auto picks the fastest safe one for the device."
     )
-    quantization: Literal["none", "int8", "nf4"] = Field(
-        "none", description="Load the backbone's weights in 8 or 4 bits (bitsandbytes)."
+    quantization: Literal["none", "int8", "nf4", "w8a8"] = Field(
+        "none",
+        description="Load the backbone's weights in 8 or 4 bits (int8, nf4: bitsandbytes; less memory), or in 8 bits with 8-bit "
+        "inputs (w8a8: CPUs only; faster, together with model.compile most of all; slightly another model).",
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where the backbone runs.")
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub model.")
     compile: bool = Field(
         False,
         description="Compile the transformer's step by one token (torch.compile): minutes at the start, fewer small operations in "
-        "every step. Worth a try for long runs that write few completions at a time; never run on a GPU yet.",
+        "every step. For long runs: with few completions at a time, or with quantization w8a8; never run on a GPU yet.",
     )
 
 

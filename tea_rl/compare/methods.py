@@ -111,6 +111,12 @@ def check_recipe(recipe: Recipe, methods: Sequence[Method]) -> None:
         raise TeaError(
             f"{peers[0].name} compares completions of a prompt and needs rollout.num_generations of at least 2, got 1; raise it"
         )
+    trained = [method for method in peers if method.adapter is not None]
+    if recipe.model.quantization == "w8a8" and trained:
+        raise TeaError(
+            f"{trained[0].name} sends gradients through the transformer, which w8a8 products do not have; leave it out or set "
+            "model.quantization to none, int8 or nf4"
+        )
     if recipe.model.quantization != "none" and any(method.adapter == "full" for method in peers):
         raise TeaError(
             f"full-dpo trains every weight and needs model.quantization none, got {recipe.model.quantization}; leave full-dpo "

@@ -52,6 +52,10 @@ def test_settings_that_do_not_fit_are_refused(tmp_path):
     packed = tiny_recipe(tmp_path, model={"quantization": "nf4"})
     with pytest.raises(TeaError, match="model.quantization none"):
         check_recipe(packed, parse_methods("full-dpo"))
+    integer = tiny_recipe(tmp_path, model={"quantization": "w8a8"})
+    check_recipe(integer, parse_methods("base,tea"))
+    with pytest.raises(TeaError, match="grpo-lora sends gradients .* w8a8"):
+        check_recipe(integer, parse_methods("grpo-lora"))
 
 
 def test_rates_come_from_the_recipe_or_the_default_grid(tmp_path):

@@ -1,0 +1,211 @@
+r"""8-bit weights and 8-bit inputs (W8A8) for a backbone on a CPU: integer products, about three times as fast as float32.
+
+A product is :math:`y = s_x\,(q_x q_w^\top) \odot s_w` with :math:`q_x = \mathrm{round}(x / (c\,s_x))` and
+:math:`q_w = \mathrm{round}(c\,w / s_w)`, both int8, summed exactly in int32 by `torch._int_mm`. Every row of inputs has its own
+step :math:`s_x` and every row of weights its own :math:`s_w`, so a token's state depends on that token's past and on nothing
+else in the batch. :math:`c` moves large input channels into the weights (SmoothQuant, arXiv:2211.10438, equation 4); which
+strength serves a layer best is found on a short text when the model is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tea_rl.errors import TeaError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+#: Strengths of smoothing that a layer may choose from; 0 leaves its inputs as they are.
+STRENGTHS = (0.0, 0.25, 0.5, 0.75)
+#: Smallest step, and smallest number that is divided by.
+_TINY = 1e-9
+#: What the layers are measured on: prose, a list, code, sums. Never longer than this many tokens.
+_MAX_TOKENS = 256
+_TEXT = """The ferry left the island shortly after seven, carrying three cyclists, a crate of lemons and a dog that belonged to
+nobody. "You should have come last year," said the captain, "when the harbour still had a light." I liked the evening, though the
+film we saw afterwards was slow, badly acted and far too long; my sister thought it was wonderful.
+
+Question: 17 - 29 =
+Answer: -12
+
+- Water boils at 100 degrees Celsius at sea level.
+- In 1969 the population was about 3.6 billion (United Nations, 2019).
+
+def mean(values: list[float]) -> float:
+    if not values:
+        raise ValueError("no values")
+    return sum(values) / len(values)
+"""
+
+
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows as int8 and their steps.
+
+    Shape:
+        x: ``(N, K)``, floating point; returns ``(N, K)`` int8 and ``(N, 1)`` in the dtype of ``x``. A row of zeros stays one.
+    """
+    steps = x.abs().amax(dim=1, keepdim=True).mul_(1 / 127).clamp_(min=_TINY)
+    return x.div(steps).round_().to(torch.int8), steps
+
+
+class Int8Group(nn.Module):
+    """Linear layers that read the same input, as one integer product.
+
+    The first of them that is asked multiplies for all, the others take their columns.
+
+    Args:
+        weights: their weights, each ``(out, K)``.
+        smoothing: inputs are divided by it, ``(K,)``, weights multiplied; None for none.
+    """
+
+    weight: Tensor
+    steps: Tensor
+    inverse_smoothing: Tensor | None
+
+    def __init__(self, weights: list[Tensor], smoothing: Tensor | None) -> None:
+        super().__init__()
+        weight = torch.cat(weights).float()
+        if smoothing is not None:
+            weight = weight * smoothing
+        quantised, steps = quantise_rows(weight)
+        self.register_buffer("weight", quantised)
+        self.register_buffer("steps", steps.squeeze(1))
+        self.register_buffer("inverse_smoothing", None if smoothing is None else 1 / smoothing)
+        self._input: Tensor | None = None
+        self._version = -1
+        self._output: Tensor | None = None
+        self._left, self._members = 0, len(weights)
+
+    def product(self, x: Tensor, start: int, end: int) -> Tensor:
+        """Outputs ``start`` to ``end`` of ``x``: ``(..., K)`` to ``(..., end - start)``, in the dtype of ``x``."""
+        rows = x.reshape(-1, x.shape[-1]).float()
+        if self.inverse_smoothing is not None:
+            rows = rows * self.inverse_smoothing
+        quantised, steps = quantise_rows(rows)
+        sums = torch._int_mm(quantised, self.weight[start:end].t())
+        return torch.mul(sums, self.steps[start:end]).mul_(steps).to(x.dtype).view(*x.shape[:-1], end - start)
+
+    def columns(self, x: Tensor, start: int, end: int) -> Tensor:
+        """`product`, worked out once for all members while they are given the same tensor."""
+        if self._members == 1 or torch.compiler.is_compiling():  # a compiler sees the common part itself
+            return self.product(x, start, end)
+        version = -1 if x.is_inference() else x._version
+        if self._input is not x or self._version != version or self._output is None:
+            self._input, self._version, self._left = x, version, self._members
+            self._output = self.product(x, 0, len(self.weight))
+        part = self._output[..., start:end]
+        self._left -= 1
+        if self._left == 0:
+            self._input = self._output = None
+        return part
+
+
+class W8A8Linear(nn.Module):
+    """One linear layer of an `Int8Group`: ``(..., K)`` to ``(..., out)``."""
+
+    bias: Tensor | None
+
+    def __init__(self, group: Int8Group, start: int, end: int, bias: Tensor | None) -> None:
+        super().__init__()
+        self.group, self._start, self._end = group, start, end
+        self.out_features, self.in_features = end - start, group.weight.shape[1]
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        columns = self.group.columns(x, self._start, self._end)
+        return columns if self.bias is None else columns + self.bias
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        )
+
+
+@torch.no_grad()
+def use_w8a8(body: nn.Module, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    """Replace every linear layer of a transformer by integer products, in place.
+
+    Layers that the model does not ask on an ordinary text (and layers of other classes) stay as they are.
+
+    Args:
+        body: the transformer without its output layer.
+        tokenizer: its tokenizer.
+        max_length: tokens in its context.
+
+    Raises:
+        TeaError: it has no linear layer.
+    """
+    ids = tokenizer(_TEXT, return_tensors="pt").input_ids[:, : min(_MAX_TOKENS, max_length)]
+    with _inputs_by_layer(body) as inputs:
+        body(input_ids=ids, use_cache=False)
+    if not inputs:
+        raise TeaError(
+            f"model.quantization w8a8 replaces nn.Linear layers, but {type(body).__name__} has none: use none or another model"
+        )
+    groups: dict[int, list[nn.Linear]] = {}
+    for layer, rows in inputs.items():
+        groups.setdefault(id(rows), []).append(layer)
+    replaced: dict[nn.Linear, W8A8Linear] = {}
+    for layers in groups.values():
+        weights = [layer.weight.detach() for layer in layers]
+        rows = inputs[layers[0]].reshape(-1, weights[0].shape[1]).float()
+        group = best_group(weights, rows)
+        start = 0
+        for layer in layers:
+            end = start + layer.out_features
+            replaced[layer] = W8A8Linear(
+                group, start, end, None if layer.bias is None else layer.bias.detach()
+            )
+            start = end
+    for parent in list(body.modules()):
+        for name, child in list(parent.named_children()):
+            if child in replaced:
+                setattr(parent, name, replaced[child])
+
+
+def best_group(weights: list[Tensor], rows: Tensor) -> Int8Group:
+    """The group whose outputs for ``rows``, ``(N, K)``, come closest to the dense ones, of all `STRENGTHS`."""
+    weight = torch.cat(weights).float()
+    dense = functional.linear(rows, weight)
+    size = dense.norm(dim=1).clamp(min=_TINY)
+    # A row has a step of its own, so what counts is how large a channel is within its row.
+    profile = rows.div(rows.abs().amax(dim=1, keepdim=True).clamp(min=_TINY)).abs().amax(dim=0)
+    best: tuple[float, Int8Group] | None = None
+    for strength in STRENGTHS:
+        group = Int8Group(weights, _smoothing(profile, weight, strength))
+        error = float(((group.product(rows, 0, len(weight)) - dense).norm(dim=1) / size).mean())
+        if best is None or error < best[0]:
+            best = error, group
+    assert best is not None
+    return best[1]
+
+
+def _smoothing(profile: Tensor, weight: Tensor, strength: float) -> Tensor | None:
+    if strength == 0:
+        return None
+    largest = weight.abs().amax(dim=0)
+    return profile.clamp(min=1e-5) ** strength / largest.clamp(min=1e-5) ** (1 - strength)
+
+
+@contextmanager
+def _inputs_by_layer(body: nn.Module) -> Iterator[dict[nn.Linear, Tensor]]:
+    """The newest input of every linear layer that is asked; one object where layers share it."""
+    inputs: dict[nn.Linear, Tensor] = {}
+
+    def record(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, nn.Linear)
+        inputs[layer] = given[0]
+
+    hooks = [layer.register_forward_pre_hook(record) for layer in body.modules() if type(layer) is nn.Linear]
+    try:
+        yield inputs
+    finally:
+        for hook in hooks:
+            hook.remove()
