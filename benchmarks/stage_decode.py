@@ -35,7 +35,7 @@ def run(setting: Setting) -> Iterator[Figure]:
         if setting.quick and batch not in _QUICK_BATCHES:
             continue
         tokens = setting.pick(16, 16 if batch > 64 else 32)
-        repeats = setting.pick(1, 1 if batch > 64 else 3)
+        repeats = setting.pick(1, {1: 3, 8: 3, 64: 2, 256: 1}[batch])
         found = _compare(
             setting,
             head,

@@ -33,7 +33,7 @@ def run(setting):  # noqa: ANN001, ANN201 - types would import torch in the chil
 
     runs = {OURS: lambda: start("ours"), "transformers": lambda: start("transformers")}
     warm_ups = {} if setting.quick else None
-    values = alternate(runs, setting.pick(1, 3), warm_ups)
+    values = alternate(runs, setting.pick(1, 2), warm_ups)
     model = ModelWork(setting.backbone)
     work = [
         Work(0, 2 * model.num_bytes),

@@ -51,7 +51,7 @@ _TOKENS, _ROW_TOKENS, _PIECE, _MINIBATCH = 2048, 32, 32768, 512
 def run(setting: Setting) -> Iterator[Figure]:
     """Measure the stage."""
     base = {**BASE, "dtype": str(setting.backbone.dtype).removeprefix("torch.")}
-    repeats = setting.pick(2, 3)
+    repeats = 2
     memory = run_child("stage_scaling.py", json.dumps({**base, "repeats": repeats}))
     yield _figure(setting, "default size", base, memory, memory)
     for name, sizes in _SIZES.items():

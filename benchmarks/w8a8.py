@@ -100,7 +100,7 @@ def main() -> None:
     if args.compile:
         backbones["w8a8 compiled"] = tea_rl.load_backbone(MODEL, quantization="w8a8", compile=True)
     heads = {name: correcting_head(backbone) for name, backbone in backbones.items()}
-    short = [prompt.token_ids for prompt in prepare_prompts(load_recipe("quickstart"), backbones["dense"])]
+    short = prepare_prompts(load_recipe("quickstart"), backbones["dense"])[0].token_ids
     for batch in args.batches.split(","):
         report(f"w8a8 batch {batch}", speeds(batch, backbones, heads, short, args.repeats))
 
