@@ -77,6 +77,33 @@ def tokens_until_end(backbone: Backbone, new: Tensor) -> int:
     return int(((ends.cumsum(1) - ends) == 0).sum())
 
 
+def rollout_speed(
+    backbone: Backbone, head: TeaHead, prompts: list[list[int]], generations: int, tokens: int
+) -> tuple[float, Tensor]:
+    """Tokens a second of one rollout, and how long its completions are."""
+    options = DecodeSettings(num_generations=generations, max_new_tokens=tokens)
+    result: dict[str, Any] = {}
+    elapsed = seconds(lambda: result.update(out=tea_rl.generate(backbone, head, prompts, options)))
+    lengths = result["out"].lengths
+    return int(lengths.sum()) / elapsed, lengths
+
+
+def generate_speed(
+    backbone: Backbone, prompts: list[list[int]], generations: int, tokens: int, **options: Any
+) -> float:
+    """Tokens a second of one call of ``generate``."""
+    batch, result = generate_batch(backbone, prompts), {}
+    call = {
+        "do_sample": True,
+        "max_new_tokens": tokens,
+        "num_return_sequences": generations,
+        "pad_token_id": backbone.pad_token_id,
+        **options,
+    }
+    elapsed = seconds(lambda: result.update(out=backbone.model.generate(**batch, **call)))
+    return tokens_until_end(backbone, result["out"][:, batch["input_ids"].shape[1] :]) / elapsed
+
+
 def _compare(
     setting: Setting,
     head: TeaHead,
@@ -89,24 +116,13 @@ def _compare(
     backbone, seen = setting.backbone, []
 
     def ours(ids: list[list[int]] = prompts, length: int = tokens) -> float:
-        options = DecodeSettings(num_generations=generations, max_new_tokens=length)
-        result: dict[str, Any] = {}
-        elapsed = seconds(lambda: result.update(out=tea_rl.generate(backbone, head, ids, options)))
+        speed, lengths = rollout_speed(backbone, head, ids, generations, length)
         if length == tokens:
-            seen.append(result["out"].lengths)
-        return int(result["out"].lengths.sum()) / elapsed
+            seen.append(lengths)
+        return speed
 
     def generate(ids: list[list[int]] = prompts, length: int = tokens, **options: Any) -> float:
-        batch, result = generate_batch(backbone, ids), {}
-        call = {
-            "do_sample": True,
-            "max_new_tokens": length,
-            "num_return_sequences": generations,
-            "pad_token_id": backbone.pad_token_id,
-            **options,
-        }
-        elapsed = seconds(lambda: result.update(out=backbone.model.generate(**batch, **call)))
-        return tokens_until_end(backbone, result["out"][:, batch["input_ids"].shape[1] :]) / elapsed
+        return generate_speed(backbone, ids, generations, length, **options)
 
     runs: dict[str, Any] = {OURS: ours, "generate": generate}
     if untruncated:

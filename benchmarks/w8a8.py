@@ -15,12 +15,12 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import alternate, report, seconds
+from common import alternate, report
 from lora import unrelated_english
-from stage_decode import correcting_head, generate_batch, tokens_until_end
+from stage_decode import correcting_head, generate_speed, rollout_speed
 
 import tea_rl
-from tea_rl import Backbone, DecodeSettings, TeaHead
+from tea_rl import Backbone, TeaHead
 from tea_rl.recipe import load_recipe
 from tea_rl.training.online import prepare_prompts
 
@@ -28,24 +28,6 @@ MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 #: Prompts, generations of each and tokens of each, for a batch.
 BATCHES = {"1": (1, 1, 32), "8": (1, 8, 32), "64": (8, 8, 32), "256": (32, 8, 16), "long": (2, 8, 16)}
 LONG = 512
-
-
-def rollout_speed(
-    backbone: Backbone, head: TeaHead, prompts: list[list[int]], generations: int, tokens: int
-) -> float:
-    settings = DecodeSettings(num_generations=generations, max_new_tokens=tokens)
-    found: dict[str, Any] = {}
-    elapsed = seconds(lambda: found.update(out=tea_rl.generate(backbone, head, prompts, settings)))
-    return int(found["out"].lengths.sum()) / elapsed
-
-
-def generate_speed(backbone: Backbone, prompts: list[list[int]], generations: int, tokens: int) -> float:
-    batch, found = generate_batch(backbone, prompts), {}
-    call = {"do_sample": True, "max_new_tokens": tokens, "pad_token_id": backbone.pad_token_id}
-    elapsed = seconds(
-        lambda: found.update(out=backbone.model.generate(**batch, num_return_sequences=generations, **call))
-    )
-    return tokens_until_end(backbone, found["out"][:, batch["input_ids"].shape[1] :]) / elapsed
 
 
 @torch.no_grad()
@@ -78,7 +60,7 @@ def speeds(
         prompts = [(ids * (LONG // len(ids) + 1))[:LONG] for ids in prompts]
     shape = (prompts, generations, tokens)
     runs: dict[str, Callable[[], float]] = {
-        name: partial(rollout_speed, backbones[name], heads[name], *shape) for name in backbones
+        name: lambda name=name: rollout_speed(backbones[name], heads[name], *shape)[0] for name in backbones
     }
     runs["generate"] = partial(generate_speed, backbones["dense"], *shape)
     values = alternate(runs, repeats)

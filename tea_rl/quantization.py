@@ -7,6 +7,7 @@ recorded can be computed again.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -99,8 +100,19 @@ def use_weight_only_int8(model: nn.Module) -> None:
     """Replace every freshly loaded bitsandbytes int8 layer of ``model`` by an `Int8Linear` that shares its weights."""
     from bitsandbytes.nn import Linear8bitLt
 
+    def packed(layer: nn.Module) -> nn.Module | None:
+        if not isinstance(layer, Linear8bitLt):
+            return None
+        bias = None if layer.bias is None else layer.bias.detach()
+        return Int8Linear(layer.weight.data, layer.weight.SCB, bias)
+
+    replace_layers(model, packed)
+
+
+def replace_layers(model: nn.Module, replacement: Callable[[nn.Module], nn.Module | None]) -> None:
+    """Put ``replacement(layer)`` in the place of every layer of ``model`` for which it is not None."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, Linear8bitLt):
-                bias = None if child.bias is None else child.bias.detach()
-                setattr(parent, name, Int8Linear(child.weight.data, child.weight.SCB, bias))
+            other = replacement(child)
+            if other is not None:
+                setattr(parent, name, other)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tea_rl.errors import TeaError
+from tea_rl.quantization import replace_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -152,7 +153,7 @@ def use_w8a8(body: nn.Module, tokenizer: PreTrainedTokenizerBase, max_length: in
     groups: dict[int, list[nn.Linear]] = {}
     for layer, rows in inputs.items():
         groups.setdefault(id(rows), []).append(layer)
-    replaced: dict[nn.Linear, W8A8Linear] = {}
+    replaced: dict[nn.Module, W8A8Linear] = {}
     for layers in groups.values():
         weights = [layer.weight.detach() for layer in layers]
         rows = inputs[layers[0]].reshape(-1, weights[0].shape[1]).float()
@@ -164,10 +165,7 @@ def use_w8a8(body: nn.Module, tokenizer: PreTrainedTokenizerBase, max_length: in
                 group, start, end, None if layer.bias is None else layer.bias.detach()
             )
             start = end
-    for parent in list(body.modules()):
-        for name, child in list(parent.named_children()):
-            if child in replaced:
-                setattr(parent, name, replaced[child])
+    replace_layers(body, replaced.get)
 
 
 def best_group(weights: list[Tensor], rows: Tensor) -> Int8Group:

@@ -160,7 +160,7 @@ def test_compiled_steps_write_the_same(folders, monkeypatch):
     torch.testing.assert_close(rollouts[0].tokens.states, rollouts[1].tokens.states, rtol=1e-4, atol=1e-4)
 
 
-def test_what_does_not_fit_is_one_line(folders, monkeypatch):
+def test_what_does_not_fit_is_one_line(folders):
     with pytest.raises(TeaError, match="w8a8 replaces nn.Linear layers, but GPT2Model has none: use none"):
         load_backbone(str(folders["gpt2"]), "float32", "w8a8", "cpu")
     with pytest.raises(TeaError, match='Did you mean "w8a8"'):
