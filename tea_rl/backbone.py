@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from tea_rl.attention import use_grouped_attention
 from tea_rl.devices import resolve_device, resolve_dtype
 from tea_rl.errors import TeaError
 from tea_rl.head.config import ContextConfig
@@ -30,15 +31,13 @@ from tea_rl.quantization import check_quantization, quantization_config, use_wei
 from tea_rl.w8a8 import use_w8a8
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 # A context length for models that state none (relative position biases have no end).
 NO_LIMIT = 2**31 - 1
 # bfloat16 numbers below this are not all float16 numbers, see `Backbone.digest`.
 SMALLEST_SHARED = 2.0**-14
 DIGEST_ROWS = 4096
-#: What `torch.compile` is given; its default generates C++ on a CPU, and Triton on a GPU.
-COMPILE_BACKEND = "inductor"
 
 
 @dataclass
@@ -184,12 +183,14 @@ class Backbone:
 
     @cached_property
     def _compiled(self) -> Callable[..., Any]:
-        """The transformer as `torch.compile` makes it, for any number of rows and any length.
+        """The transformer with `tea_rl.compiled.CompiledLayers`.
 
         Raises:
             TeaError: it cannot be compiled here; what is returned raises it, too.
         """
         from torch._dynamo.exc import TorchDynamoException  # a second of imports
+
+        from tea_rl.compiled import CompiledLayers
 
         def failed(error: Exception) -> TeaError:
             return TeaError(
@@ -198,24 +199,28 @@ class Backbone:
             )
 
         try:
-            compiled = torch.compile(self.body, dynamic=True, backend=COMPILE_BACKEND)
+            layers = CompiledLayers(self.body, self._num_layers)
         except RuntimeError as error:  # a Python or a system that it does not support
             raise failed(error) from error
 
-        def run(**kwargs: Any) -> Any:
+        def run(past_key_values: Cache, **kwargs: Any) -> Any:
             try:
-                return compiled(**kwargs)
+                with layers.stepping(past_key_values):
+                    return self.body(past_key_values=past_key_values, **kwargs)
             except TorchDynamoException as error:
                 raise failed(error) from error
 
         return run
 
+    @property
+    def _num_layers(self) -> int:
+        return self.model.config.get_text_config().num_hidden_layers
+
     @cached_property
     def _layers(self) -> nn.ModuleList:
         """The transformer's layers; looked for when context features first ask."""
-        count = self.model.config.get_text_config().num_hidden_layers
         ids = torch.arange(4, device=self.device).unsqueeze(0) % self.vocab_size
-        return find_layers(self.body, count, ids)
+        return find_layers(self.body, self._num_layers, ids)
 
     @cached_property
     def digest(self) -> str:
@@ -276,6 +281,8 @@ def load_backbone(
     if getattr(model, "is_loaded_in_8bit", False):
         use_weight_only_int8(model)
     model.requires_grad_(False).eval()
+    if place.type == "cpu":
+        use_grouped_attention(model)
     if quantization == "w8a8":
         use_w8a8(model.base_model, tokenizer, _context_length(model, tokenizer))
     eos, pad = _special_tokens(model, tokenizer)

@@ -146,9 +146,9 @@ def test_rollouts_keep_what_they_sampled(folders):
 
 
 def test_compiled_steps_write_the_same(folders, monkeypatch):
-    import tea_rl.backbone as backbone_module
+    import tea_rl.compiled as compiled_module
 
-    monkeypatch.setattr(backbone_module, "COMPILE_BACKEND", "eager")
+    monkeypatch.setattr(compiled_module, "COMPILE_BACKEND", "eager")
     torch._dynamo.reset()
     rollouts = []
     for compiled in (False, True):

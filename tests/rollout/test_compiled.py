@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tiny import save_tiny
+from tiny import save_tiny, tiny_config
 
-import tea_rl.backbone as backbone_module
+import tea_rl.compiled as compiled_module
 from tea_rl.backbone import load_backbone
 from tea_rl.errors import TeaError
 from tea_rl.head.layer import TeaHead
@@ -28,7 +28,7 @@ def written(model, seed, **loading):
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_steps_write_the_same(model, monkeypatch, backend):
     """Rows part, end and grow; shapes are symbols, so that none of that is traced anew."""
-    monkeypatch.setattr(backbone_module, "COMPILE_BACKEND", backend)
+    monkeypatch.setattr(compiled_module, "COMPILE_BACKEND", backend)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     _, plain = written(model, 1)
@@ -37,7 +37,25 @@ def test_compiled_steps_write_the_same(model, monkeypatch, backend):
     for one, other in zip(plain, compiled, strict=True):
         assert torch.equal(one.tokens.actions, other.tokens.actions)
         torch.testing.assert_close(one.tokens.states, other.tokens.states, rtol=1e-4, atol=1e-4)
+    # One code for all layers, and one more for steps without padding.
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "bloom", "gemma3"])
+def test_layers_of_every_family_share_their_code(family, tmp_path, monkeypatch):
+    monkeypatch.setattr(compiled_module, "COMPILE_BACKEND", "eager")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    types = getattr(tiny_config(family), "layer_types", None)
+    kinds = {} if types is None else {"layer_types": (types * 3)[:5]}
+    model = save_tiny(family, tmp_path, num_hidden_layers=5, **kinds)
+    _, plain = written(model, 1)
+    backbone, compiled = written(model, 1, compile=True)
+    for one, other in zip(plain, compiled, strict=True):
+        assert torch.equal(one.tokens.actions, other.tokens.actions)
+        torch.testing.assert_close(one.tokens.states, other.tokens.states, rtol=1e-4, atol=1e-4)
     assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+    assert not any("forward" in vars(module) for module in backbone.model.modules())
 
 
 def test_a_failing_compiler_is_one_line(model, monkeypatch):
@@ -45,7 +63,7 @@ def test_a_failing_compiler_is_one_line(model, monkeypatch):
         raise RuntimeError("no compiler\nhere")
 
     torch._dynamo.reset()
-    monkeypatch.setattr(backbone_module, "COMPILE_BACKEND", broken)
+    monkeypatch.setattr(compiled_module, "COMPILE_BACKEND", broken)
     with pytest.raises(
         TeaError, match=r"model\.compile is true, but torch\.compile fails .*set model\.compile"
     ):

@@ -1,0 +1,65 @@
+"""Grouped attention on a CPU: the numbers of transformers' own, and its own wherever it must be."""
+
+import pytest
+import torch
+from tiny import save_tiny, tiny_model
+
+import tea_rl.attention as attention
+from tea_rl.attention import NAME, grouped_attention
+from tea_rl.backbone import load_backbone
+
+IDS = torch.tensor([[0, 0, 5, 6, 7], [8, 9, 10, 11, 12]])
+MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
+def test_states_are_those_of_the_plain_model(family, tmp_path):
+    backbone = load_backbone(str(save_tiny(family, tmp_path)), "float32", device="cpu")
+    assert backbone.model.config._attn_implementation == NAME
+    plain = tiny_model(family)
+    assert plain.config._attn_implementation == "sdpa"
+    with torch.no_grad():
+        wanted = plain.base_model(input_ids=IDS, attention_mask=MASK).last_hidden_state
+    real = MASK.bool()
+    torch.testing.assert_close(
+        backbone.forward(IDS, MASK)[real], wanted[real], rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_model_that_was_asked_for_otherwise_keeps_it(tmp_path):
+    model = tiny_model("llama")
+    model.set_attn_implementation("eager")
+    attention.use_grouped_attention(model)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_the_original_serves_what_the_kernel_does_not(monkeypatch):
+    asked = []
+    original = attention.sdpa_attention_forward
+    monkeypatch.setattr(
+        attention,
+        "sdpa_attention_forward",
+        lambda *args, **kwargs: (asked.append(kwargs), original(*args, **kwargs))[1],
+    )
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 2, True
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 4, 3, 8, generator=generator)
+    key, value = (torch.randn(2, 2, 3, 8, generator=generator) for _ in range(2))
+    mask = torch.ones(3, 3).tril().bool().expand(2, 1, 3, 3)
+    wanted, _ = original(module, query, key, value, mask, scaling=0.3)
+    assert not asked
+    found, _ = grouped_attention(module, query, key, value, mask, scaling=0.3)
+    assert not asked and found.shape == (2, 3, 4, 8) and found.is_contiguous()
+    torch.testing.assert_close(found, wanted)
+    # No mask; a gradient; heads that share nothing; a bias.
+    torch.testing.assert_close(
+        grouped_attention(module, query, key, value, None, scaling=0.3)[0], wanted
+    )
+    grown = query.clone().requires_grad_()
+    grouped_attention(module, grown, key, value, mask)[0].sum().backward()
+    assert grown.grad is not None
+    module.num_key_value_groups = 1
+    grouped_attention(module, query[:, :2], key, value, mask)
+    grouped_attention(module, query[:, :2], key, value, mask, position_bias=torch.zeros(1, 2, 3, 3))
+    assert len(asked) == 4
