@@ -7,7 +7,6 @@ put in its place with `Backbone.install` and taken out again with `Backbone.unin
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import inspect
 from collections.abc import Callable
@@ -20,24 +19,21 @@ import torch
 from torch import Tensor, nn
 
 from tea_rl.attention import use_grouped_attention
-from tea_rl.devices import resolve_device, resolve_dtype
+from tea_rl.devices import keep_freed_memory, resolve_device, resolve_dtype
 from tea_rl.errors import TeaError
 from tea_rl.head.config import ContextConfig
 from tea_rl.head.context import ContextReader, ContextState, find_layers
 from tea_rl.head.context_wrapper import ContextWrapper
 from tea_rl.model_source import ModelSource, find_model, one_line, quiet_transformers
-from tea_rl.probe import find_output_layer, output_weight, probe_output
+from tea_rl.probe import find_output_layer, output_weight, probe_output, weight_digest
 from tea_rl.quantization import check_quantization, quantization_config, use_weight_only_int8
-from tea_rl.w8a8 import use_w8a8
+from tea_rl.w8a8 import W8A8Output, use_w8a8
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 # A context length for models that state none (relative position biases have no end).
 NO_LIMIT = 2**31 - 1
-# bfloat16 numbers below this are not all float16 numbers, see `Backbone.digest`.
-SMALLEST_SHARED = 2.0**-14
-DIGEST_ROWS = 4096
 
 
 @dataclass
@@ -224,20 +220,10 @@ class Backbone:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over shape and values of the reference weight, as bfloat16.
-
-        Equal however a bfloat16 checkpoint is loaded: float32 holds its numbers exactly, and so does float16 except
-        the smallest, which count as zero here. (A float32 checkpoint is rounded twice on its way through float16, so
-        that one combination gives another digest.)
-        """
-        weight = output_weight(self._reference)
-        sha = hashlib.sha256(str(tuple(weight.shape)).encode())
-        for rows in weight.detach().split(DIGEST_ROWS):
-            rounded = rows.to("cpu", torch.bfloat16)
-            # masked_fill writes +0.0, so the sign of what was dropped does not matter either.
-            rounded = rounded.masked_fill(rounded.abs() < SMALLEST_SHARED, 0.0)
-            sha.update(rounded.contiguous().view(torch.int16).numpy().data)
-        return sha.hexdigest()
+        """`weight_digest` of the reference weight, as the checkpoint has it."""
+        if isinstance(self._reference, W8A8Output):
+            return self._reference.dense_digest
+        return weight_digest(output_weight(self._reference))
 
 
 def load_backbone(
@@ -259,7 +245,7 @@ def load_backbone(
             float16), bfloat16 on MPS and on CPUs with bfloat16 instructions (AMX or AVX-512 BF16), and float32 on
             every other CPU, where bfloat16 is emulated and 2 to 4 times slower.
         quantization: ``none``; ``int8`` or ``nf4`` (double quantisation), both through bitsandbytes, on CPU too; or
-            ``w8a8``, integer products for CPUs (`tea_rl.w8a8`). The output layer is never quantised.
+            ``w8a8``, integer products for CPUs (`tea_rl.w8a8`), the output layer's included, which the others leave as it is.
         device: ``auto`` takes CUDA, then MPS, then CPU.
         revision: Hub branch, tag or commit.
         compile: run the decode step through `torch.compile`; not where a head reads context features.
@@ -282,9 +268,10 @@ def load_backbone(
         use_weight_only_int8(model)
     model.requires_grad_(False).eval()
     if place.type == "cpu":
+        keep_freed_memory()
         use_grouped_attention(model)
     if quantization == "w8a8":
-        use_w8a8(model.base_model, tokenizer, _context_length(model, tokenizer))
+        use_w8a8(model, tokenizer, _context_length(model, tokenizer))
     eos, pad = _special_tokens(model, tokenizer)
     weight = output_weight(find_output_layer(model)[2])
     vocab_size, hidden_size = weight.shape

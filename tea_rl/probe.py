@@ -7,6 +7,7 @@ with a known, wide output takes the layer's place for one forward pass.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from typing import TYPE_CHECKING, cast
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 RANGE = 60.0
 # Largest difference, relative to the largest value, that still counts as rounding.
 EXACT, ROUNDED = 1e-4, 2e-2
+# bfloat16 numbers below this are not all float16 numbers, see `weight_digest`.
+SMALLEST_SHARED = 2.0**-14
+DIGEST_ROWS = 4096
 # A causal model's earlier states do not move with a later token; quantised ones may move by this share.
 CAUSAL = 5e-2
 
@@ -56,6 +60,22 @@ def find_output_layer(model: PreTrainedModel) -> tuple[nn.Module, str, nn.Module
 def output_weight(layer: nn.Module) -> Tensor:
     """The weight ``(V, D)`` of a layer from `find_output_layer`, which made sure that it is a matrix."""
     return cast(Tensor, layer.weight)
+
+
+def weight_digest(weight: Tensor) -> str:
+    """SHA-256 over shape and values of an output weight, as bfloat16.
+
+    Equal however a bfloat16 checkpoint is loaded: float32 holds its numbers exactly, and so does float16 except
+    the smallest, which count as zero here. (A float32 checkpoint is rounded twice on its way through float16, so
+    that one combination gives another digest.)
+    """
+    sha = hashlib.sha256(str(tuple(weight.shape)).encode())
+    for rows in weight.detach().split(DIGEST_ROWS):
+        rounded = rows.to("cpu", torch.bfloat16)
+        # masked_fill writes +0.0, so the sign of what was dropped does not matter either.
+        rounded = rounded.masked_fill(rounded.abs() < SMALLEST_SHARED, 0.0)
+        sha.update(rounded.contiguous().view(torch.int16).numpy().data)
+    return sha.hexdigest()
 
 
 class _ProbeLayer(nn.Module):

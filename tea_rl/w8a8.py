@@ -5,23 +5,27 @@ A product is :math:`y = s_x\,(q_x q_w^\top) \odot s_w` with :math:`q_x = \mathrm
 step :math:`s_x` and every row of weights its own :math:`s_w`, so a token's state depends on that token's past and on nothing
 else in the batch. :math:`c` moves large input channels into the weights (SmoothQuant, arXiv:2211.10438, equation 4); which
 strength serves a layer best is found on a short text when the model is loaded.
+
+The output layer is one of them (`W8A8Output`). Its weight and the final states are rounded once and for all, so that any product of
+the two says the same, integer or not: heads, stores and losses need not know.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from tea_rl.errors import TeaError
+from tea_rl.probe import find_output_layer, output_weight, weight_digest
 from tea_rl.quantization import replace_layers
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 #: Strengths of smoothing that a layer may choose from; 0 leaves its inputs as they are.
 STRENGTHS = (0.0, 0.25, 0.5, 0.75)
@@ -29,6 +33,8 @@ STRENGTHS = (0.0, 0.25, 0.5, 0.75)
 _TINY = 1e-9
 #: What the layers are measured on: prose, a list, code, sums. Never longer than this many tokens.
 _MAX_TOKENS = 256
+#: Tokens that the output layer is measured on.
+_OUTPUT_ROWS = 64
 _TEXT = """The ferry left the island shortly after seven, carrying three cyclists, a crate of lemons and a dog that belonged to
 nobody. "You should have come last year," said the captain, "when the harbour still had a light." I liked the evening, though the
 film we saw afterwards was slow, badly acted and far too long; my sister thought it was wonderful.
@@ -68,17 +74,17 @@ class Int8Group(nn.Module):
 
     weight: Tensor
     steps: Tensor
-    inverse_smoothing: Tensor | None
+    inverse_smoothing: Tensor
 
     def __init__(self, weights: list[Tensor], smoothing: Tensor | None) -> None:
         super().__init__()
         weight = torch.cat(weights).float()
-        if smoothing is not None:
-            weight = weight * smoothing
-        quantised, steps = quantise_rows(weight)
+        if smoothing is None:  # a tensor all the same: compiled code then fits every layer
+            smoothing = torch.ones(weight.shape[1])
+        quantised, steps = quantise_rows(weight * smoothing)
         self.register_buffer("weight", quantised)
         self.register_buffer("steps", steps.squeeze(1))
-        self.register_buffer("inverse_smoothing", None if smoothing is None else 1 / smoothing)
+        self.register_buffer("inverse_smoothing", 1 / smoothing)
         self._input: Tensor | None = None
         self._version = -1
         self._output: Tensor | None = None
@@ -86,12 +92,21 @@ class Int8Group(nn.Module):
 
     def product(self, x: Tensor, start: int, end: int) -> Tensor:
         """Outputs ``start`` to ``end`` of ``x``: ``(..., K)`` to ``(..., end - start)``, in the dtype of ``x``."""
-        rows = x.reshape(-1, x.shape[-1]).float()
-        if self.inverse_smoothing is not None:
-            rows = rows * self.inverse_smoothing
-        quantised, steps = quantise_rows(rows)
-        sums = torch._int_mm(quantised, self.weight[start:end].t())
-        return torch.mul(sums, self.steps[start:end]).mul_(steps).to(x.dtype).view(*x.shape[:-1], end - start)
+        quantised, steps = self._quantise(x)
+        sums = torch._int_mm(quantised, self.weight[start:end].t()).float()
+        return sums.mul_(self.steps[start:end]).mul_(steps).to(x.dtype).view(*x.shape[:-1], end - start)
+
+    def rounded_weight(self) -> Tensor:
+        """The weight that `product` multiplies with, ``(out, K)`` float32."""
+        return self.weight * self.steps.unsqueeze(1) * self.inverse_smoothing
+
+    def rounded_input(self, x: Tensor) -> Tensor:
+        """What `product` multiplies ``x`` as, in its shape and dtype; rounding it again changes nothing."""
+        quantised, steps = self._quantise(x)
+        return (quantised * steps).div_(self.inverse_smoothing).to(x.dtype).view(x.shape)
+
+    def _quantise(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return quantise_rows(x.reshape(-1, x.shape[-1]).float() * self.inverse_smoothing)
 
     def columns(self, x: Tensor, start: int, end: int) -> Tensor:
         """`product`, worked out once for all members while they are given the same tensor."""
@@ -129,20 +144,47 @@ class W8A8Linear(nn.Module):
         )
 
 
+class W8A8Output(nn.Module):
+    """An output layer as an integer product: ``(..., D)`` to ``(..., V)``.
+
+    Args:
+        group: of it alone.
+        bias: of the dense layer.
+        like: weight of the dense layer.
+
+    Attributes:
+        weight: the rounded weight, ``(V, D)`` in the dtype of the dense one.
+        dense_digest: `tea_rl.probe.weight_digest` of the dense one.
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, group: Int8Group, bias: Tensor | None, like: Tensor) -> None:
+        super().__init__()
+        self.group, self.dense_digest = group, weight_digest(like)
+        self.weight = nn.Parameter(group.rounded_weight().to(like.dtype), requires_grad=False)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.group.product(x, 0, len(self.weight))
+        return logits if self.bias is None else logits + self.bias
+
+
 @torch.no_grad()
-def use_w8a8(body: nn.Module, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-    """Replace every linear layer of a transformer by integer products, in place.
+def use_w8a8(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    """Replace every linear layer of a causal LM by integer products, in place.
 
     Layers that the model does not ask on an ordinary text (and layers of other classes) stay as they are.
 
     Args:
-        body: the transformer without its output layer.
+        model: with a transformer ``base_model``.
         tokenizer: its tokenizer.
         max_length: tokens in its context.
 
     Raises:
-        TeaError: it has no linear layer.
+        TeaError: the transformer has no linear layer.
     """
+    body = model.base_model
     ids = tokenizer(_TEXT, return_tensors="pt").input_ids[:, : min(_MAX_TOKENS, max_length)]
     with _inputs_by_layer(body) as inputs:
         body(input_ids=ids, use_cache=False)
@@ -166,6 +208,22 @@ def use_w8a8(body: nn.Module, tokenizer: PreTrainedTokenizerBase, max_length: in
             )
             start = end
     replace_layers(body, replaced.get)
+    _replace_output(model, ids)
+
+
+def _replace_output(model: PreTrainedModel, ids: Tensor) -> None:
+    parent, attribute, layer = find_output_layer(model)
+    weight, bias = output_weight(layer).detach(), getattr(layer, "bias", None)
+    states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
+    # A wide output on many rows takes as long as all other layers; few tell as much.
+    group = best_group([weight], states[:: max(1, len(states) // _OUTPUT_ROWS)].float())
+    setattr(parent, attribute, W8A8Output(group, None if bias is None else bias.detach(), weight))
+
+    def round_states(body: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001
+        output.last_hidden_state = group.rounded_input(output.last_hidden_state)
+        return output
+
+    model.base_model.register_forward_hook(round_states)
 
 
 def best_group(weights: list[Tensor], rows: Tensor) -> Int8Group:

@@ -7,10 +7,11 @@ from torch import nn
 
 from tea_rl.backbone import load_backbone
 from tea_rl.errors import TeaError
+from tea_rl.head.config import HeadConfig
 from tea_rl.head.layer import TeaHead
 from tea_rl.rollout import DecodeSettings, generate
 from tea_rl.rollout.decode import score_tokens
-from tea_rl.w8a8 import STRENGTHS, Int8Group, W8A8Linear, best_group, quantise_rows
+from tea_rl.w8a8 import STRENGTHS, Int8Group, W8A8Linear, W8A8Output, best_group, quantise_rows
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
 
@@ -49,6 +50,19 @@ def test_product_is_that_of_the_rounded_numbers(dtype, smoothed):
     torch.testing.assert_close(
         result.double().view(10, 9), exact, rtol=tolerance, atol=tolerance * exact.abs().max().item()
     )
+
+
+def test_rounded_numbers_have_the_same_product():
+    """What stores, full-vocabulary losses and shortlist reads multiply in float is what the integers say."""
+    group = Int8Group(group_of(), torch.linspace(0.5, 2, 32))
+    x = torch.randn(3, 4, 32, generator=torch.Generator().manual_seed(1)) * 7
+    rounded = group.rounded_input(x)
+    assert rounded.shape == x.shape and 0 < (rounded - x).abs().max() < 0.3
+    torch.testing.assert_close(group.rounded_input(rounded), rounded)
+    torch.testing.assert_close(rounded @ group.rounded_weight().T, group.product(x, 0, 9))
+    torch.testing.assert_close(group.product(rounded, 0, 9), group.product(x, 0, 9))
+    half = group.rounded_input(rounded.half().float())  # as a store keeps them
+    torch.testing.assert_close(half, rounded, rtol=1e-3, atol=1e-3)
 
 
 def test_members_take_their_columns_and_never_stale_ones():
@@ -97,7 +111,7 @@ def test_smoothing_is_chosen_where_channels_are_uneven():
         return ((group.product(rows, 0, 32) - dense).norm() / dense.norm()).item()
 
     chosen = best_group(weight, rows)
-    assert chosen.inverse_smoothing is not None
+    assert not torch.equal(chosen.inverse_smoothing, torch.ones(64))
     assert error(chosen) < 0.2 * error(Int8Group(weight, None))
 
 
@@ -111,7 +125,7 @@ def test_states_are_close_and_their_own_rows_business(folders, family, dtype):
     attention = backbone.body.get_submodule("layers.0.self_attn")
     assert attention.q_proj.group is attention.k_proj.group is attention.v_proj.group
     assert attention.o_proj.group is not attention.q_proj.group
-    assert type(backbone.reference) is nn.Linear and backbone.settings["quantization"] == "w8a8"
+    assert type(backbone.reference) is W8A8Output and backbone.settings["quantization"] == "w8a8"
     assert not any(p.requires_grad for p in backbone.model.parameters())
     states = backbone.forward(IDS)
     difference = (states.float() - dense.forward(IDS)).norm() / states.float().norm()
@@ -127,6 +141,32 @@ def test_same_weights_after_every_load(folders):
     one, other = (load_backbone(str(folders["llama"]), "float32", "w8a8", "cpu") for _ in range(2))
     assert torch.equal(one.forward(IDS), other.forward(IDS))
     assert one.digest == other.digest == load_backbone(str(folders["llama"]), "float32").digest
+
+
+def test_head_and_output_layer_say_the_same(folders):
+    backbone = load_backbone(str(folders["llama"]), "float32", "w8a8", "cpu")
+    head = TeaHead.for_backbone(backbone).eval()
+    states = backbone.forward(IDS)
+    before = backbone.model(IDS).logits
+    backbone.install(head)
+    assert torch.equal(backbone.model(IDS).logits, before)
+    assert torch.equal(head.reference_logits(states[0]), before[0])
+    # The float product of the rounded numbers, which full-vocabulary losses take.
+    torch.testing.assert_close(states @ head.weight.T, before, rtol=1e-4, atol=1e-4)
+    assert set(head.head_state()) == set(
+        TeaHead.for_backbone(load_backbone(str(folders["llama"]), "float32")).head_state()
+    )
+
+
+@pytest.mark.parametrize("size", [16, "all"])
+def test_losses_see_what_was_sampled(folders, size):
+    backbone = load_backbone(str(folders["llama"]), "float32", "w8a8", "cpu")
+    head = TeaHead.for_backbone(backbone, HeadConfig(shortlist_size=size)).eval()
+    torch.nn.init.normal_(head.members.readout, std=0.05)
+    tokens = generate(backbone, head, [[5, 6, 7], [8, 9]], DecodeSettings(3, 8)).tokens
+    terms = head.terms(tokens)
+    torch.testing.assert_close(terms.logps, tokens.logps, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(terms.kl, tokens.kl, rtol=1e-3, atol=1e-4)
 
 
 def test_rollouts_keep_what_they_sampled(folders):

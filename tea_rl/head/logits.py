@@ -14,6 +14,7 @@ from tea_rl.head.full_vocabulary import Reads
 from tea_rl.head.members import PackedMembers
 from tea_rl.head.policy import Shortlist, build_shortlist, shortlist_product
 from tea_rl.head.returns import ReturnModulation, as_return, returns_of_positions
+from tea_rl.w8a8 import W8A8Output
 
 
 class CorrectedLogits(nn.Module):
@@ -48,6 +49,8 @@ class CorrectedLogits(nn.Module):
         #: Numbers a position carries: ``D``, and as many for every running mean of `HeadConfig.context`.
         self.state_width = self.hidden_size * (1 + config.context.num_means)
         self.weight = weight
+        # A bound method: as a submodule the layer would be saved with the head.
+        self._fast_product = reference.forward if isinstance(reference, W8A8Output) else None
         self.bias = getattr(reference, "bias", None)
         for shared in (self.weight, self.bias):
             if shared is not None:
@@ -139,7 +142,7 @@ class CorrectedLogits(nn.Module):
                 f"a head with context reads {self.state_width} numbers a position (hidden state and running means), got "
                 f"{hidden_states.shape[-1]}; call the wrapped model of backbone.install(head), not the bare head"
             )
-        raw = F.linear(self.reference_states(hidden_states), self.weight, self.bias).float()
+        raw = self._reference_product(self.reference_states(hidden_states)).float()
         if self.strength == 0.0:
             return raw
         states = hidden_states.reshape(-1, self.state_width)
@@ -158,10 +161,16 @@ class CorrectedLogits(nn.Module):
     def reference_logits(self, hidden_states: Tensor, temperature: float = 1.0) -> Tensor:
         """Policy logits of the original model, ``(N, V)`` float32, in a buffer that the caller may overwrite."""
         states = self.reference_states(hidden_states)
-        logits = F.linear(states.to(self.weight.dtype), self.weight, self.bias)
+        logits = self._reference_product(states.to(self.weight.dtype))
         factor = self.logit_scale / temperature
         logits = logits.float() if logits.dtype != torch.float32 else logits
         return logits if factor == 1.0 else logits.mul_(factor)
+
+    def _reference_product(self, states: Tensor) -> Tensor:
+        """What the reference head makes of states ``(..., D)``, ``(..., V)``."""
+        if self._fast_product is not None:
+            return self._fast_product(states)
+        return F.linear(states, self.weight, self.bias)
 
     def shortlist_correction(
         self, hidden_states: Tensor, ids: Tensor, returns: Tensor | None = None
