@@ -25,6 +25,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 #: Name of our own side in every figure.
 OURS = "tea_rl"
+#: What `load_backbone` is told for the fastest rollouts on a CPU, and what figures with it are called.
+FAST = {"quantization": "w8a8", "compile": True}
+FAST_NAME = "w8a8, compiled"
 
 
 def alternate(
@@ -115,6 +118,10 @@ class Figure:
     limit: float | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
+    def fast(self, values: list[float]) -> Figure:
+        """The same of ours with `FAST`, beside the same peers; no limit is known for it."""
+        return Figure(f"{self.name}, {FAST_NAME}", self.unit, {**self.values, OURS: values})
+
     @property
     def is_rate(self) -> bool:
         """Whether more is better."""
@@ -176,6 +183,18 @@ class Setting:
         from tea_rl import load_backbone
 
         return load_backbone(self.model, dtype=self.dtype)
+
+    @cached_property
+    def fast_backbone(self) -> Backbone:
+        """The same as `FAST` loads it."""
+        from tea_rl import load_backbone
+
+        return load_backbone(self.model, dtype=self.dtype, **FAST)
+
+    @property
+    def measures_fast(self) -> bool:
+        """Whether stages also measure ours with `FAST`: a full run on a CPU."""
+        return not self.quick and self.backbone.device.type == "cpu"
 
     def short_prompts(self, count: int) -> list[list[int]]:
         """Token ids of prompts of the quickstart, from the first again once they run out."""

@@ -2,7 +2,8 @@
 
 ``generate`` is called as a user would (its default top-k of 50 and all) and, at batch 64 of a full run, with the truncation off
 as well, which is the distribution that we sample. Ours keeps states, shortlists and log-probabilities; ``generate`` keeps
-nothing. Tokens count up to and including the first that ends a completion.
+nothing. Tokens count up to and including the first that ends a completion. A full run on a CPU also measures ours with the
+backbone in w8a8 and compiled (`common.FAST`), in the same rounds.
 
 Limit: every distinct prompt once through the transformer, then weights and cache once a step for the completions that still
 grow, and the head's correction for every token (`limits.ModelWork`, `limits.HeadWork`).
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from common import OURS, Figure, Setting, alternate, seconds
+from common import FAST_NAME, OURS, Figure, Setting, alternate, seconds
 from limits import HeadWork, ModelWork
 from torch import Tensor
 
@@ -45,11 +46,11 @@ def run(setting: Setting) -> Iterator[Figure]:
             repeats,
             batch == 64 and not setting.quick,
         )
-        yield _named(found, f"batch {batch}")
+        yield from _named(found, f"batch {batch}")
     prompts = setting.pick(1, 2)
     long = setting.long_prompts(prompts, _LONG)
     found = _compare(setting, head, long, 8, setting.pick(8, 16), setting.pick(1, 2), False)
-    yield _named(found, f"{_LONG}-token prompts, 8 generations each")
+    yield from _named(found, f"{_LONG}-token prompts, 8 generations each")
 
 
 def correcting_head(backbone: Backbone) -> TeaHead:
@@ -125,6 +126,14 @@ def _compare(
         return generate_speed(backbone, ids, generations, length, **options)
 
     runs: dict[str, Any] = {OURS: ours, "generate": generate}
+    if setting.measures_fast:
+        fast_head = correcting_head(setting.fast_backbone)
+        runs[FAST_NAME] = lambda: rollout_speed(
+            setting.fast_backbone, fast_head, prompts, generations, tokens
+        )[0]
+        # All lengths are one code, but a step without padding is another.
+        rollout_speed(setting.fast_backbone, fast_head, prompts[:2], 2, 4)
+        rollout_speed(setting.fast_backbone, fast_head, prompts[:1], 1, 4)
     if untruncated:
         runs["generate_untruncated"] = lambda: generate(top_k=0)
     warm_ups = {name: lambda call=call: call(prompts[:1], 2) for name, call in [("a", ours), ("b", generate)]}
@@ -141,6 +150,9 @@ def _compare(
     return Figure("", "tokens/s", values, limit, facts)
 
 
-def _named(figure: Figure, name: str) -> Figure:
-    figure.name = name
-    return figure
+def _named(figure: Figure, name: str) -> Iterator[Figure]:
+    """The figure under its name and, where it was measured, that of `FAST`."""
+    figure.name, fast = name, figure.values.pop(FAST_NAME, None)
+    yield figure
+    if fast is not None:
+        yield figure.fast(fast)

@@ -67,19 +67,17 @@ def _epoch(
     }
     embedding = seconds(lambda: embed(parse_recipe(raw), store, backbone=setting.backbone))
     recipe = parse_recipe({**raw, "data": {"store": str(store), "eval_fraction": 0.0}})
-    runs = [folder / f"run-{number}" for number in range(setting.pick(1, 2))]
-    waiting = iter(runs)
+    path = folder / "run"
 
     def ours() -> float:
-        path = next(waiting)
         train(recipe, path)
         return sum(epoch_seconds(path))
 
     def theirs() -> float:
         return fine_tune(rows, 3e-4, 1, _BATCH, model=setting.model, dtype=setting.dtype)["seconds"]
 
-    values = alternate({OURS: ours, peer: theirs}, len(runs), {})
-    values[OURS] = [spent for path in runs for spent in epoch_seconds(path)]
+    values = alternate({OURS: ours, peer: theirs}, 1, {})
+    values[OURS] = epoch_seconds(path)
     opened = StateStore.open(store)
     head, tokens = HeadWork(opened.make_head(recipe.head)), opened.num_tokens
     minibatches = -(-tokens // recipe.objective.minibatch_tokens)

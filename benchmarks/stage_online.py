@@ -2,7 +2,8 @@
 
 Both sides get the same prompts, group size, token limit, reward and temperature. Ours runs the recipe quickstart, all its inner
 epochs included; TRL runs its defaults (one pass), without a KL term and without gradient checkpointing. Our steps are run from
-a callback of TRL's trainer, whose clock stands still meanwhile. The first step of each is not counted.
+a callback of TRL's trainer, whose clock stands still meanwhile. The first step of each is not counted. A full run on a CPU also
+takes steps of ours with the backbone in w8a8 and compiled.
 
 Limit: prompts and tokens of the rollout (see the decode stage), and `limits.HeadWork.update` times the inner epochs run.
 """
@@ -12,10 +13,11 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from common import OURS, Figure, Setting, median
+from common import FAST, OURS, Figure, Setting, median
 from limits import HeadWork, ModelWork
 from lora import lora_config, quiet, settings
 
@@ -33,10 +35,18 @@ def run(setting: Setting) -> list[Figure]:
         {"prompts_per_step": 4, "num_generations": 4, "max_completion_length": 16},
         {"prompts_per_step": 8, "num_generations": 8, "max_completion_length": 32},
     )
-    with RunDirectory.create(setting.folder / "online") as directory:
-        ours = Ours(setting, sizes, directory)
-        theirs = grpo_steps(setting, ours, setting.pick(1, 2))
-        limit = ours.limit()
+    with ExitStack() as stack:
+        sides = [
+            Ours(
+                setting,
+                sizes,
+                stack.enter_context(RunDirectory.create(setting.folder / f"online-{number}")),
+                options,
+            )
+            for number, options in enumerate([{}, FAST][: 1 + setting.measures_fast])
+        ]
+        theirs = grpo_steps(setting, sides, setting.pick(1, 2))
+    ours, limit = sides[0], sides[0].limit()
     steps = ours.steps[1:]  # the first warmed up
     total = [row["seconds"] for row in steps]
     update = median([row["update_seconds"] for row in steps])
@@ -47,7 +57,8 @@ def run(setting: Setting) -> list[Figure]:
         "update_share": round(update / median(total), 4),
         "inner_epochs": median([row["inner_epochs"] for row in steps]),
     }
-    return [Figure("step", "s", {OURS: total, "trl_grpo_lora": theirs}, limit, facts)]
+    figure = Figure("step", "s", {OURS: total, "trl_grpo_lora": theirs}, limit, facts)
+    return [figure, *(figure.fast([row["seconds"] for row in fast.steps[1:]]) for fast in sides[1:])]
 
 
 class Ours(Listener):
@@ -57,7 +68,9 @@ class Ours(Listener):
         steps: what the trainer logged of every step so far, and the seconds of its parts.
     """
 
-    def __init__(self, setting: Setting, sizes: dict[str, int], directory: RunDirectory) -> None:
+    def __init__(
+        self, setting: Setting, sizes: dict[str, int], directory: RunDirectory, options: dict[str, Any]
+    ) -> None:
         self.limits = setting.limits
         texts = [
             prompt.text for prompt in prepare_prompts(load_recipe("quickstart"), setting.backbone)[0].prompts
@@ -65,6 +78,7 @@ class Ours(Listener):
         changes = {
             "model.name_or_path": setting.model,
             "model.dtype": setting.dtype,
+            **{f"model.{name}": value for name, value in options.items()},
             "data.prompts": texts[: sizes["prompts_per_step"]],
             "data.eval_fraction": 0.0,
             **{f"rollout.{name}": value for name, value in sizes.items()},
@@ -104,13 +118,13 @@ class Ours(Listener):
         return self.limits.seconds(rollout) + self.steps[-1]["inner_epochs"] * self.limits.seconds(one_epoch)
 
 
-def grpo_steps(setting: Setting, ours: Ours, count: int) -> list[float]:
-    """Seconds of ``count`` steps of TRL after one that warms up; after each of them comes one of ours."""
+def grpo_steps(setting: Setting, sides: list[Ours], count: int) -> list[float]:
+    """Seconds of ``count`` steps of TRL after one that warms up; after each of them comes one of each of our sides."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    own = ours.trainer
+    own = sides[0].trainer
     prompts, rollout = own.training_prompts.prompts, own.recipe.rollout
     spent: list[float] = []
     clock = {"from": 0.0}
@@ -121,7 +135,8 @@ def grpo_steps(setting: Setting, ours: Ours, count: int) -> list[float]:
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             spent.append(time.perf_counter() - clock["from"])
-            ours.step()
+            for ours in sides:
+                ours.step()
             clock["from"] = time.perf_counter()
 
     def reward(completions: list[str], place: list[int], **_: Any) -> list[float]:

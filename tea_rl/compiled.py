@@ -98,4 +98,5 @@ def _forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def _numbers(layer: nn.Module) -> set[int]:
     """The numbers under which parts of a layer know the cache."""
-    return {part.layer_idx for part in layer.modules() if isinstance(getattr(part, "layer_idx", None), int)}
+    numbers = (getattr(part, "layer_idx", None) for part in layer.modules())
+    return {number for number in numbers if isinstance(number, int)}

@@ -21,9 +21,7 @@ def test_states_are_those_of_the_plain_model(family, tmp_path):
     with torch.no_grad():
         wanted = plain.base_model(input_ids=IDS, attention_mask=MASK).last_hidden_state
     real = MASK.bool()
-    torch.testing.assert_close(
-        backbone.forward(IDS, MASK)[real], wanted[real], rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(backbone.forward(IDS, MASK)[real], wanted[real], rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_that_was_asked_for_otherwise_keeps_it(tmp_path):
@@ -53,9 +51,7 @@ def test_the_original_serves_what_the_kernel_does_not(monkeypatch):
     assert not asked and found.shape == (2, 3, 4, 8) and found.is_contiguous()
     torch.testing.assert_close(found, wanted)
     # No mask; a gradient; heads that share nothing; a bias.
-    torch.testing.assert_close(
-        grouped_attention(module, query, key, value, None, scaling=0.3)[0], wanted
-    )
+    torch.testing.assert_close(grouped_attention(module, query, key, value, None, scaling=0.3)[0], wanted)
     grown = query.clone().requires_grad_()
     grouped_attention(module, grown, key, value, mask)[0].sum().backward()
     assert grown.grad is not None

@@ -96,7 +96,9 @@ def _largest(logits: Tensor, size: int) -> tuple[Tensor, Tensor]:
         return logits.topk(size, dim=-1)
     bundled = bundles * _BUNDLE
     # A bundle's tokens stand far apart, so that the maximum runs along whole rows.
-    best = logits[:, :bundled].view(rows, _BUNDLE, bundles).amax(dim=1).topk(size, dim=-1, sorted=False).indices
+    best = (
+        logits[:, :bundled].view(rows, _BUNDLE, bundles).amax(dim=1).topk(size, dim=-1, sorted=False).indices
+    )
     members = torch.arange(0, bundled, bundles, device=logits.device).view(1, _BUNDLE, 1)
     left = torch.arange(bundled, vocabulary, device=logits.device).expand(rows, -1)
     columns = torch.cat([(best.unsqueeze(1) + members).flatten(1), left], dim=1)
