@@ -2,7 +2,7 @@
 
     python benchmarks/w8a8.py [--batches 1,64,256,long] [--repeats 3] [--compile]
 
-Tokens a second of a rollout with the dense backbone, with w8a8 and (``--compile``: minutes more) with w8a8 compiled, beside
+Tokens a second of a rollout with the dense backbone, with w8a8 and (``--compile``) with w8a8 compiled, beside
 ``generate`` of the dense model, in turn. The distance is measured on ordinary English, in nats a token.
 """
 

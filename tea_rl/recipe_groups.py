@@ -31,8 +31,8 @@ class ModelConfig(Group):
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub model.")
     compile: bool = Field(
         False,
-        description="Compile the transformer's step by one token (torch.compile): minutes at the start, fewer small operations in "
-        "every step. For long runs: with few completions at a time, or with quantization w8a8; never run on a GPU yet.",
+        description="Compile the transformer's layers for steps by one token (torch.compile, needs a C++ compiler): half a minute at "
+        "the start, fewer small operations in every step. Pays with quantization w8a8; never run on a GPU yet.",
     )
 
 

@@ -12,7 +12,7 @@ from tea_rl.errors import TeaError
 from tea_rl.head.config import HeadConfig
 from tea_rl.head.full_vocabulary import Reads
 from tea_rl.head.members import PackedMembers
-from tea_rl.head.policy import Shortlist, build_shortlist, shortlist_product
+from tea_rl.head.policy import Shortlist, build_shortlist, largest, shortlist_product
 from tea_rl.head.returns import ReturnModulation, as_return, returns_of_positions
 from tea_rl.w8a8 import W8A8Output
 
@@ -151,11 +151,15 @@ class CorrectedLogits(nn.Module):
         if self.full_vocabulary:
             out = flat + self.strength * self._full_correction(states, asked)
         else:
-            ids = flat.topk(self.shortlist_size, dim=-1).indices
+            top, ids = largest(flat, self.shortlist_size)
             delta, shift = self.shortlist_correction(states, ids, asked)
             # policy logits are logit_scale * raw, and the shift is in policy units
-            tail = flat + (self.strength / self.logit_scale) * shift.unsqueeze(1)
-            out = tail.scatter(1, ids, flat.gather(1, ids) + (self.strength / self.logit_scale) * delta)
+            strength = self.strength / self.logit_scale
+            listed, shift = top + strength * delta, strength * shift.unsqueeze(1)
+            if torch.is_grad_enabled():
+                out = (flat + shift).scatter(1, ids, listed)
+            else:  # nobody else has these logits: two passes over the vocabulary less
+                out = flat.add_(shift).scatter_(1, ids, listed)
         return out.view(raw.shape)
 
     def reference_logits(self, hidden_states: Tensor, temperature: float = 1.0) -> Tensor:
@@ -249,7 +253,7 @@ class CorrectedLogits(nn.Module):
         """
         states = hidden_states.reshape(-1, self.state_width)
         size = min(128, self.shortlist_size)
-        ids = self.reference_logits(states).topk(size, dim=-1).indices
+        ids = largest(self.reference_logits(states), size)[1]
         asked = self._asked(returns, hidden_states.shape[:-1])
         per_member, _ = self.members.corrections_per_member(states, asked)
         readout = self.weight if self.config.readout == "tied" else self.members.vocab_readout

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 MASKED = -1e30
 #: Rows gathered at a time; larger blocks fall out of the processor's cache.
 _GATHER_ROWS = 64
-#: Numbers of which only the largest is looked at first, see `_largest`.
+#: Numbers of which only the largest is looked at first, see `largest`.
 _BUNDLE = 16
 
 
@@ -74,7 +74,7 @@ def build_shortlist(logits: Tensor, size: int) -> tuple[Shortlist, Tensor]:
         the shortlist, and the tail's own distribution ``(N, V)`` (zero on the shortlist), to sample a tail token from.
     """
     # One more than is listed: the tail begins with its likeliest token, which nobody need look for again.
-    top, ids = _largest(logits, size + 1)
+    top, ids = largest(logits, size + 1)
     (top, tail_max), (ids, likeliest) = ((part[:, :size].contiguous(), part[:, size:]) for part in (top, ids))
     logits.scatter_(1, ids, MASKED)
     tail_probs = torch.softmax(logits, dim=-1)
@@ -84,7 +84,7 @@ def build_shortlist(logits: Tensor, size: int) -> tuple[Shortlist, Tensor]:
     return Shortlist(ids, top, tau, tau - tail_mean), tail_probs
 
 
-def _largest(logits: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def largest(logits: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """``logits.topk(size)``, 1.5 to 3 times as fast: only among the bundles of tokens whose best ones are the best.
 
     Shape:
