@@ -126,17 +126,15 @@ def _compare(
         return generate_speed(backbone, ids, generations, length, **options)
 
     runs: dict[str, Any] = {OURS: ours, "generate": generate}
+    warm_ups = {name: lambda call=call: call(prompts[:1], 2) for name, call in runs.items()}
     if setting.measures_fast:
-        fast_head = correcting_head(setting.fast_backbone)
-        runs[FAST_NAME] = lambda: rollout_speed(
-            setting.fast_backbone, fast_head, prompts, generations, tokens
-        )[0]
+        fast, fast_head = setting.fast_backbone, correcting_head(setting.fast_backbone)
+        runs[FAST_NAME] = lambda: rollout_speed(fast, fast_head, prompts, generations, tokens)[0]
         # All lengths are one code, but a step without padding is another.
-        rollout_speed(setting.fast_backbone, fast_head, prompts[:2], 2, 4)
-        rollout_speed(setting.fast_backbone, fast_head, prompts[:1], 1, 4)
+        warm_ups["padded"] = lambda: rollout_speed(fast, fast_head, prompts[:2], 2, 4)
+        warm_ups["unpadded"] = lambda: rollout_speed(fast, fast_head, prompts[:1], 1, 4)
     if untruncated:
         runs["generate_untruncated"] = lambda: generate(top_k=0)
-    warm_ups = {name: lambda call=call: call(prompts[:1], 2) for name, call in [("a", ours), ("b", generate)]}
     values = alternate(runs, repeats, warm_ups)
     model, lengths = ModelWork(backbone), seen[-1]
     sizes = [len(ids) for ids in prompts]

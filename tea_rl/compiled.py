@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from tea_rl.errors import TeaError
+from tea_rl.head.context import layer_list
 
 #: What `torch.compile` is given; its default generates C++ on a CPU, and Triton on a GPU.
 COMPILE_BACKEND = "inductor"
@@ -55,8 +56,7 @@ class CompiledLayers:
     """
 
     def __init__(self, body: nn.Module, count: int) -> None:
-        lists = (m for m in body.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
-        layers = next(lists, ())
+        layers = layer_list(body, count) or ()
         # A layer that reads another one's part of the cache stays as it is.
         self._layers = [layer if _numbers(layer) == {place} else None for place, layer in enumerate(layers)]
         if not any(self._layers):

@@ -212,6 +212,12 @@ class ContextReader:
         return states
 
 
+def layer_list(body: nn.Module, count: int) -> nn.ModuleList | None:
+    """The first list of ``count`` modules in a transformer; None if there is none."""
+    lists = (m for m in body.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+    return next(lists, None)
+
+
 def find_layers(body: nn.Module, count: int, ids: Tensor) -> nn.ModuleList:
     """The ``count`` layers of a transformer, proved by one pass over ``ids`` ``(1, T)``: each feeds the next one.
 
@@ -222,8 +228,7 @@ def find_layers(body: nn.Module, count: int, ids: Tensor) -> nn.ModuleList:
         f"context features need a transformer whose layers hand their states on one to the next, but {type(body).__name__} "
         "is built otherwise: set head.context.layers to [], or choose another model"
     )
-    lists = (m for m in body.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
-    layers = next(lists, None)
+    layers = layer_list(body, count)
     if layers is None:
         raise refused
     seen: list[tuple[Tensor | None, Tensor]] = []

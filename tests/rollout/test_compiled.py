@@ -68,3 +68,8 @@ def test_a_failing_compiler_is_one_line(model, monkeypatch):
         TeaError, match=r"model\.compile is true, but torch\.compile fails .*set model\.compile"
     ):
         written(model, 1, compile=True)
+
+
+def test_a_body_without_layers_is_one_line():
+    with pytest.raises(TeaError, match=r"Linear has no list of 3 layers .*set model\.compile to false"):
+        compiled_module.CompiledLayers(torch.nn.Linear(2, 2), 3)
