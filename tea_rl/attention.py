@@ -1,13 +1,16 @@
-"""Attention on a CPU that reads the keys and values of grouped heads where they lie.
+"""Attention on a CPU that reads the keys and values of grouped heads where they lie, and does not wait for a slow kernel.
 
 With a mask, transformers copies them for every head of a group first, because kernels of other devices need that; a CPU's does
-not.
+not. In half precision torch's kernel for CPUs is far slower than in float32 wherever queries are few, so there the scores are
+two batched products.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -32,21 +35,58 @@ def use_grouped_attention(model: PreTrainedModel) -> None:
 def grouped_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """``sdpa`` of transformers; by the kernel's own grouping where a mask is given and no gradient is wanted.
+    """``sdpa`` of transformers, where no gradient is wanted by whatever is fastest.
+
+    A token a row: `newest_attention`. More of them: the kernel's own grouping where a mask is given, else the original.
 
     Shape:
         query ``(B, H, T, W)``; key and value ``(B, G, S, W)``; attention_mask ``(B, 1 or H, T, S)``; returns ``(B, T, H, W)``.
     """
-    special = any(kwargs.get(name) is not None for name in _SPECIAL)
-    if attention_mask is None or query.requires_grad or special or key.shape[1] == query.shape[1]:
+    special = any(kwargs.get(name) is not None for name in _SPECIAL) or kwargs.get("dropout", 0.0) > 0.0
+    scale = kwargs.get("scaling")
+    grouped = key.shape[1] != query.shape[1]
+    if query.requires_grad or special:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if query.shape[2] == 1 and (grouped or query.dtype != torch.float32):
+        return newest_attention(query, key, value, attention_mask, scale), None
+    if attention_mask is None or not grouped:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     out = F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=attention_mask,
-        dropout_p=kwargs.get("dropout", 0.0),
-        scale=kwargs.get("scaling"),
-        enable_gqa=True,
+        query, key, value, attn_mask=attention_mask, scale=scale, enable_gqa=True
     )
     return out.transpose(1, 2).contiguous(), None
+
+
+def newest_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None = None
+) -> Tensor:
+    """Attention of one new token a row to all tokens of the row, itself included.
+
+    The scores and their softmax are float32 whatever the dtype, as in the kernel; in half precision the weights of the values are
+    rounded to it, as there.
+
+    Args:
+        mask: True where a token may be seen, or what is added to the scores; None: all are seen.
+        scale: of the scores; None: one over the root of the width.
+
+    Shape:
+        query ``(B, H, 1, W)``; key and value ``(B, G, S, W)``, ``G`` a divisor of ``H``; mask ``(B, 1 or H, 1, S)``; returns
+        ``(B, 1, H, W)``.
+    """
+    rows, heads, _, width = query.shape
+    groups, slots = key.shape[1], key.shape[2]
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.float()
+    if rows == 1:  # the kernel has less to call, and enough to do
+        out = F.scaled_dot_product_attention(
+            query.float(), key.float(), value.float(), attn_mask=mask, scale=scale, enable_gqa=True
+        )
+        return out.to(query.dtype).transpose(1, 2)
+    asked = query.view(rows, groups, heads // groups, width).float() * (scale or 1 / math.sqrt(width))
+    scores = torch.matmul(asked, key.float().transpose(2, 3)).view(rows, heads, 1, slots)
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask
+    weights = scores.softmax(dim=-1).to(value.dtype).view(rows, groups, heads // groups, slots)
+    return torch.matmul(weights, value).view(rows, 1, heads, value.shape[-1])

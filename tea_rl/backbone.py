@@ -26,7 +26,12 @@ from tea_rl.head.context import ContextReader, ContextState, find_layers
 from tea_rl.head.context_wrapper import ContextWrapper
 from tea_rl.model_source import ModelSource, find_model, one_line, quiet_transformers
 from tea_rl.probe import find_output_layer, output_weight, probe_output, weight_digest
-from tea_rl.quantization import check_quantization, quantization_config, use_weight_only_int8
+from tea_rl.quantization import (
+    avoid_odd_packing,
+    check_quantization,
+    quantization_config,
+    use_weight_only_int8,
+)
 from tea_rl.w8a8 import W8A8Output, use_w8a8
 
 if TYPE_CHECKING:
@@ -266,6 +271,8 @@ def load_backbone(
         model = _load_model(source, config, float_type, quantization, place)
     if getattr(model, "is_loaded_in_8bit", False):
         use_weight_only_int8(model)
+    if getattr(model, "is_loaded_in_4bit", False) and place.type == "cpu":
+        avoid_odd_packing(model)
     model.requires_grad_(False).eval()
     if place.type == "cpu":
         use_grouped_attention(model)

@@ -7,6 +7,7 @@ recorded can be computed again.
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch.nn import functional
 from tea_rl.errors import TeaError, did_you_mean
 
 QUANTIZATIONS = ("none", "int8", "nf4", "w8a8")
+#: Outputs that bitsandbytes packs together on a CPU.
+_PACKED_OUTPUTS = 32
 
 
 def check_quantization(quantization: str, device: torch.device) -> None:
@@ -47,6 +50,7 @@ def quantization_config(quantization: str, dtype: torch.dtype) -> Any | None:
     """What ``from_pretrained`` is told for ``int8`` or ``nf4``; None for what it loads dense."""
     from transformers import BitsAndBytesConfig
 
+    quiet_bitsandbytes()
     if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     if quantization == "nf4":
@@ -57,6 +61,11 @@ def quantization_config(quantization: str, dtype: torch.dtype) -> Any | None:
             bnb_4bit_compute_dtype=dtype,
         )
     return None
+
+
+def quiet_bitsandbytes() -> None:
+    """Before its first import: it warns on some CPUs that an optional package, which nobody asked for, is missing."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 class Int8Linear(nn.Module):
@@ -107,6 +116,20 @@ def use_weight_only_int8(model: nn.Module) -> None:
         return Int8Linear(layer.weight.data, layer.weight.SCB, bias)
 
     replace_layers(model, packed)
+
+
+def avoid_odd_packing(model: nn.Module) -> None:
+    """Let 4-bit layers whose sizes bitsandbytes cannot repack for CPUs with bfloat16 instructions stay as they are loaded.
+
+    Its faster layout needs whole blocks of inputs and outputs in multiples of 32; asked for it with others, it fails.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit) and layer.weight.quant_state is not None:
+            whole = layer.in_features % layer.weight.quant_state.blocksize == 0
+            if not whole or layer.out_features % _PACKED_OUTPUTS:
+                layer.support_avx512bf16_for_cpu = False
 
 
 def replace_layers(model: nn.Module, replacement: Callable[[nn.Module], nn.Module | None]) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tea_rl.errors import TeaError
+from tea_rl.head.scratch import Scratch
 from tea_rl.probe import find_output_layer, output_weight, weight_digest
 from tea_rl.quantization import replace_layers
 
@@ -96,6 +97,17 @@ class Int8Group(nn.Module):
         sums = torch._int_mm(quantised, self.weight[start:end].t()).float()
         return sums.mul_(self.steps[start:end]).mul_(steps).to(x.dtype).view(*x.shape[:-1], end - start)
 
+    def exact_product(self, x: Tensor, scratch: Scratch | None = None) -> Tensor:
+        """All outputs of ``x``, ``(..., out)``, in float32 whatever the dtype of ``x``; with ``scratch`` in there."""
+        quantised, steps = self._quantise(x)
+        sums = out = None
+        if scratch is not None:
+            shape = (len(quantised), len(self.weight))
+            sums = scratch.take("sums", shape, torch.int32, x.device)
+            out = scratch.take("logits", shape, torch.float32, x.device)
+        sums = torch._int_mm(quantised, self.weight.t(), out=sums)
+        return torch.mul(sums, self.steps, out=out).mul_(steps).view(*x.shape[:-1], len(self.weight))
+
     def rounded_weight(self) -> Tensor:
         """The weight that `product` multiplies with, ``(out, K)`` float32."""
         return self.weight * self.steps.unsqueeze(1) * self.inverse_smoothing
@@ -145,7 +157,7 @@ class W8A8Linear(nn.Module):
 
 
 class W8A8Output(nn.Module):
-    """An output layer as an integer product: ``(..., D)`` to ``(..., V)``.
+    """An output layer as an integer product: ``(..., D)`` to ``(..., V)``, float32 whatever the dtype of the states.
 
     Args:
         group: of it alone.
@@ -166,8 +178,12 @@ class W8A8Output(nn.Module):
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits = self.group.product(x, 0, len(self.weight))
-        return logits if self.bias is None else logits + self.bias
+        return self.logits(x)
+
+    def logits(self, x: Tensor, scratch: Scratch | None = None) -> Tensor:
+        """The same, with ``scratch`` put in there."""
+        logits = self.group.exact_product(x, scratch)
+        return logits if self.bias is None else logits.add_(self.bias)
 
 
 @torch.no_grad()

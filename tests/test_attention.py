@@ -5,7 +5,7 @@ import torch
 from tiny import save_tiny, tiny_model
 
 import tea_rl.attention as attention
-from tea_rl.attention import NAME, grouped_attention
+from tea_rl.attention import NAME, grouped_attention, newest_attention
 from tea_rl.backbone import load_backbone
 
 IDS = torch.tensor([[0, 0, 5, 6, 7], [8, 9, 10, 11, 12]])
@@ -59,3 +59,39 @@ def test_the_original_serves_what_the_kernel_does_not(monkeypatch):
     grouped_attention(module, query[:, :2], key, value, mask)
     grouped_attention(module, query[:, :2], key, value, mask, position_bias=torch.zeros(1, 2, 3, 3))
     assert len(asked) == 4
+
+
+@pytest.mark.parametrize("kind", ["none", "bool", "added"])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("heads", "groups"), [(4, 2), (4, 4), (4, 1)])
+def test_one_new_token_a_row(heads, groups, rows, kind):
+    generator = torch.Generator().manual_seed(0)
+    query = 3 * torch.randn(rows, heads, 1, 8, generator=generator)
+    key, value = (torch.randn(rows, groups, 7, 8, generator=generator)[:, :, :5] for _ in range(2))
+    seen = torch.rand(rows, 1, 1, 5, generator=generator) < 0.6
+    seen[..., -1] = True
+    mask = {"none": None, "bool": seen, "added": torch.zeros(seen.shape).masked_fill(~seen, -1e4)}[kind]
+    keys, values = (part.repeat_interleave(heads // groups, dim=1) for part in (key, value))
+    wanted = torch.nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=0.3)
+    found = newest_attention(query, key, value, mask, 0.3)
+    assert found.shape == (rows, 1, heads, 8)
+    torch.testing.assert_close(found.transpose(1, 2), wanted)
+    default = newest_attention(query, key, value, mask)
+    wanted = torch.nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+    torch.testing.assert_close(default.transpose(1, 2), wanted)
+
+
+def test_scores_of_half_precision_are_not_rounded():
+    # Scores of about 30 are 0.1 apart in bfloat16, and so are the logarithms of weights made of rounded ones.
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        (scale * torch.randn(16, heads, tokens, 64, generator=generator)).bfloat16()
+        for heads, tokens, scale in ((4, 1, 4), (2, 20, 4), (2, 20, 1))
+    )
+    exact = [part.float().repeat_interleave(4 // part.shape[1], dim=1) for part in (query, key, value)]
+    wanted = torch.nn.functional.scaled_dot_product_attention(*exact)
+    found = newest_attention(query, key, value, None)
+    assert found.dtype == torch.bfloat16
+    rounded = (exact[0] @ exact[1].transpose(2, 3)).bfloat16().float() / 8
+    error = (rounded.softmax(-1) @ exact[2] - wanted).abs().mean()
+    assert (found.transpose(1, 2).float() - wanted).abs().mean() < error / 2

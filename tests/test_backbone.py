@@ -18,7 +18,7 @@ from tea_rl.devices import resolve_dtype
 from tea_rl.errors import TeaError
 from tea_rl.model_source import quiet_transformers
 from tea_rl.probe import probe_output
-from tea_rl.quantization import Int8Linear
+from tea_rl.quantization import Int8Linear, avoid_odd_packing, quiet_bitsandbytes
 from tests.tiny import CONTEXT, SUPPORTED, VOCAB_SIZE, save_tiny, tiny_backbone, tiny_model, tiny_tokenizer
 
 TEXTS = ["Hello, world", "A much longer prompt than the first"]
@@ -175,6 +175,18 @@ def test_quantised_on_cpu(folders, quantization, family, layer, caplog):
     other = torch.cat([ids, ids.flip(1)])
     torch.testing.assert_close(backbone.forward(other)[:1, :-1], states[:, :-1], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(backbone.forward(ids[:, :4]), states[:, :4], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_layers_that_bitsandbytes_cannot_repack_are_left_alone():
+    quiet_bitsandbytes()
+    from bitsandbytes.nn import LinearNF4
+
+    model = torch.nn.Sequential(*(LinearNF4(*shape) for shape in ((32, 64), (64, 48), (64, 32)))).to("cpu")
+    for layer in model:
+        layer.support_avx512bf16_for_cpu = True  # as on a CPU with bfloat16 instructions
+    avoid_odd_packing(model)
+    assert [layer.support_avx512bf16_for_cpu for layer in model] == [False, False, True]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -14,6 +14,7 @@ from tea_rl.head.full_vocabulary import Reads
 from tea_rl.head.members import PackedMembers
 from tea_rl.head.policy import Shortlist, build_shortlist, largest, shortlist_product
 from tea_rl.head.returns import ReturnModulation, as_return, returns_of_positions
+from tea_rl.head.scratch import Scratch
 from tea_rl.w8a8 import W8A8Output
 
 
@@ -50,7 +51,7 @@ class CorrectedLogits(nn.Module):
         self.state_width = self.hidden_size * (1 + config.context.num_means)
         self.weight = weight
         # A bound method: as a submodule the layer would be saved with the head.
-        self._fast_product = reference.forward if isinstance(reference, W8A8Output) else None
+        self._fast_logits = reference.logits if isinstance(reference, W8A8Output) else None
         self.bias = getattr(reference, "bias", None)
         for shared in (self.weight, self.bias):
             if shared is not None:
@@ -142,7 +143,7 @@ class CorrectedLogits(nn.Module):
                 f"a head with context reads {self.state_width} numbers a position (hidden state and running means), got "
                 f"{hidden_states.shape[-1]}; call the wrapped model of backbone.install(head), not the bare head"
             )
-        raw = self._reference_product(self.reference_states(hidden_states)).float()
+        raw = self._reference_product(self.reference_states(hidden_states))
         if self.strength == 0.0:
             return raw
         states = hidden_states.reshape(-1, self.state_width)
@@ -162,19 +163,32 @@ class CorrectedLogits(nn.Module):
                 out = flat.add_(shift).scatter_(1, ids, listed)
         return out.view(raw.shape)
 
-    def reference_logits(self, hidden_states: Tensor, temperature: float = 1.0) -> Tensor:
-        """Policy logits of the original model, ``(N, V)`` float32, in a buffer that the caller may overwrite."""
-        states = self.reference_states(hidden_states)
-        logits = self._reference_product(states.to(self.weight.dtype))
+    def reference_logits(
+        self, hidden_states: Tensor, temperature: float = 1.0, scratch: Scratch | None = None
+    ) -> Tensor:
+        """Policy logits of the original model, ``(N, V)`` float32, in a buffer that the caller may overwrite.
+
+        With ``scratch`` that buffer is there until the next ones are put into it, and nothing is differentiable.
+        """
+        states = self.reference_states(hidden_states).to(self.weight.dtype)
+        logits = self._reference_product(states, scratch)
         factor = self.logit_scale / temperature
-        logits = logits.float() if logits.dtype != torch.float32 else logits
         return logits if factor == 1.0 else logits.mul_(factor)
 
-    def _reference_product(self, states: Tensor) -> Tensor:
-        """What the reference head makes of states ``(..., D)``, ``(..., V)``."""
-        if self._fast_product is not None:
-            return self._fast_product(states)
-        return F.linear(states, self.weight, self.bias)
+    def _reference_product(self, states: Tensor, scratch: Scratch | None = None) -> Tensor:
+        """What the reference head makes of states ``(..., D)``, ``(..., V)`` float32; with ``scratch`` of ``(N, D)``, in there."""
+        if self._fast_logits is not None:
+            return self._fast_logits(states, scratch)
+        if scratch is None:
+            return F.linear(states, self.weight, self.bias).float()
+        shape, device = (len(states), self.vocab_size), states.device
+        product = scratch.take("product", shape, self.weight.dtype, device)
+        torch.mm(states, self.weight.t(), out=product)
+        if self.bias is not None:
+            product.add_(self.bias)
+        if product.dtype == torch.float32:
+            return product
+        return scratch.take("logits", shape, torch.float32, device).copy_(product)
 
     def shortlist_correction(
         self, hidden_states: Tensor, ids: Tensor, returns: Tensor | None = None

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tea_rl.head.scratch import Scratch
+
 #: Stands for minus infinity where a later product with a zero probability must stay zero.
 MASKED = -1e30
 #: Rows gathered at a time; larger blocks fall out of the processor's cache.
@@ -63,12 +65,13 @@ class Shortlist(NamedTuple):
         return torch.cat([self.logits, self.tail_logsumexp.unsqueeze(1)], dim=1)
 
 
-def build_shortlist(logits: Tensor, size: int) -> tuple[Shortlist, Tensor]:
+def build_shortlist(logits: Tensor, size: int, scratch: Scratch | None = None) -> tuple[Shortlist, Tensor]:
     """Split reference logits into a shortlist and its tail, in three passes over the vocabulary: the largest, the softmax, the mean.
 
     Args:
         logits: ``(N, V)`` float32 reference logits at the policy's temperature. **Overwritten.**
         size: ``k``, smaller than ``V``.
+        scratch: where the tail's distribution is put; None: into new memory.
 
     Returns:
         the shortlist, and the tail's own distribution ``(N, V)`` (zero on the shortlist), to sample a tail token from.
@@ -77,10 +80,11 @@ def build_shortlist(logits: Tensor, size: int) -> tuple[Shortlist, Tensor]:
     top, ids = largest(logits, size + 1)
     (top, tail_max), (ids, likeliest) = ((part[:, :size].contiguous(), part[:, size:]) for part in (top, ids))
     logits.scatter_(1, ids, MASKED)
-    tail_probs = torch.softmax(logits, dim=-1)
+    out = None if scratch is None else scratch.take("tail", logits.shape, logits.dtype, logits.device)
+    tail_probs = torch.softmax(logits, dim=-1, out=out)
     # tau = max - log p(max): the softmax already holds the sum, a separate logsumexp would be another pass.
     tau = (tail_max - tail_probs.gather(1, likeliest).log()).squeeze(1)
-    tail_mean = torch.linalg.vecdot(tail_probs, logits)
+    tail_mean = logits.mul_(tail_probs).sum(dim=-1)
     return Shortlist(ids, top, tau, tau - tail_mean), tail_probs
 
 

@@ -22,6 +22,7 @@ from tea_rl.errors import TeaError
 from tea_rl.head.context import ContextState
 from tea_rl.head.layer import TeaHead
 from tea_rl.head.policy import Shortlist, action_logps, build_shortlist, entropy, sample_slots
+from tea_rl.head.scratch import Scratch
 from tea_rl.objectives.anchor import divergence
 from tea_rl.rollout.sequences import Sequences, prefill
 from tea_rl.rollout.trajectory import Rollout, TokenBatch
@@ -109,7 +110,7 @@ def generate(
         sequences = Sequences(backbone, start, at, settings.max_new_tokens)
     finished = torch.zeros(len(row_keys), dtype=torch.bool, device=backbone.device)
     steps: list[TokenBatch] = []
-    num_states = 0
+    num_states, scratch = 0, Scratch()
     for position in range(settings.max_new_tokens):
         rows = sequences.rows
         step = choose_tokens(
@@ -120,6 +121,7 @@ def generate(
             greedy[rows],
             settings.temperature,
             clock,
+            scratch,
         )
         step.rows, step.positions = rows, torch.full_like(rows, position)
         step.state_ids = sequences.at + num_states
@@ -151,6 +153,7 @@ def choose_tokens(
     greedy: Tensor,
     temperature: float,
     clock: StageClock = OFF,
+    scratch: Scratch | None = None,
 ) -> TokenBatch:
     """Next tokens of ``N`` completions and their records (``rows``, ``positions`` and the offset of ``state_ids`` still unset).
 
@@ -162,9 +165,12 @@ def choose_tokens(
         greedy: which of them take the likeliest token instead, ``(N,)`` bool.
         temperature: divides the logits.
         clock: hears of the stages head and sampling.
+        scratch: of the rollout, for what is as wide as the vocabulary and is not kept.
     """
+    scratch = scratch or Scratch()
     with clock.stage("head"):
-        policy, tail_probs = _policy_at(head, states, head.reference_logits(states, temperature), temperature)
+        reference = head.reference_logits(states, temperature, scratch)
+        policy, tail_probs = _policy_at(head, states, reference, temperature, scratch)
     with clock.stage("sampling"):
         return _choose(policy, tail_probs, states, at, uniforms, greedy)
 
@@ -196,14 +202,14 @@ def score_tokens(
         actions: the tokens, ``(N,)``.
         temperature: divides the logits.
     """
-    parts, places = [], []
+    parts, places, scratch = [], [], Scratch()
     for start in range(0, max(len(states), 1), _SCORE_BLOCK):
         block = states[start : start + _SCORE_BLOCK]
         place = ((at >= start) & (at < start + _SCORE_BLOCK)).nonzero().squeeze(1)
         own_at, own_actions = at[place] - start, actions[place]
-        reference = head.reference_logits(block, temperature)
+        reference = head.reference_logits(block, temperature, scratch)
         reference_chosen = reference[own_at, own_actions]  # before the shortlist overwrites them
-        policy, _ = _policy_at(head, block, reference, temperature)
+        policy, _ = _policy_at(head, block, reference, temperature, scratch)
         slots, within_tail = own_actions, torch.zeros_like(reference_chosen)
         if policy.shortlist is not None:
             matches = policy.shortlist.ids[own_at] == own_actions.unsqueeze(1)
@@ -231,14 +237,14 @@ class _Policy(NamedTuple):
 
 
 def _policy_at(
-    head: TeaHead, states: Tensor, reference: Tensor, temperature: float
+    head: TeaHead, states: Tensor, reference: Tensor, temperature: float, scratch: Scratch
 ) -> tuple[_Policy, Tensor | None]:
     """The policy in states whose reference logits are given (and may be overwritten), and the tail's distribution."""
     if head.full_vocabulary:
         base, logits = reference, head.full_logits(states, reference, temperature)
         shortlist, tail_probs, within_entropy = None, None, None
     else:
-        shortlist, tail_probs = build_shortlist(reference, head.shortlist_size)
+        shortlist, tail_probs = build_shortlist(reference, head.shortlist_size, scratch)
         base = shortlist.slot_logits()
         logits = head.slot_logits(states, shortlist, temperature)
         within_entropy = shortlist.tail_entropy

@@ -16,6 +16,7 @@ from tea_rl.backbone import Backbone
 from tea_rl.head.context import ContextState
 from tea_rl.head.layer import TeaHead
 from tea_rl.head.policy import sample_slots
+from tea_rl.head.scratch import Scratch
 from tea_rl.rollout.cache import CachedRow
 from tea_rl.rollout.choices import score_choices
 from tea_rl.rollout.conversation import Conversation
@@ -94,6 +95,7 @@ class Turns:
         self.records = Records(head, settings.temperature)
         self.model_seconds = 0.0
         self.tokens_run = 0
+        self._scratch = Scratch()
 
     def take(self, lives: Sequence[Live]) -> None:
         """One turn of every episode; each environment steps as soon as its turn is complete."""
@@ -172,6 +174,7 @@ class Turns:
                     uniforms[rows, position],
                     greedy[rows],
                     self.settings.temperature,
+                    scratch=self._scratch,
                 )
                 ended = self.ending[step.actions]
                 step.rows, step.positions = numbers[rows], torch.full_like(rows, position)

@@ -11,6 +11,7 @@ from tea_rl.backbone import Backbone
 from tea_rl.head.config import HeadConfig
 from tea_rl.head.layer import TeaHead
 from tea_rl.head.policy import Shortlist, action_logps, build_shortlist
+from tea_rl.head.scratch import Scratch
 from tea_rl.rollout.trajectory import TokenBatch
 
 #: States whose full-vocabulary logits are alive at once.
@@ -29,6 +30,7 @@ class TokenLabeller:
     def __init__(self, head: TeaHead, shortlist_size: int, temperature: float) -> None:
         self._head = head
         self.shortlist_size, self.temperature = shortlist_size, temperature
+        self._scratch = Scratch()
 
     @classmethod
     def for_backbone(cls, backbone: Backbone, shortlist_size: int, temperature: float) -> TokenLabeller:
@@ -73,8 +75,8 @@ class TokenLabeller:
 
     def _shortlist(self, states: Tensor, actions: Tensor) -> tuple[Shortlist, Tensor]:
         """Shortlists, and ``l_a - tau`` of every action (of use where it lies in the tail)."""
-        logits = self._head.reference_logits(states, self.temperature)
+        logits = self._head.reference_logits(states, self.temperature, self._scratch)
         # Before `build_shortlist` overwrites them.
         chosen = logits.gather(1, actions.unsqueeze(1)).squeeze(1)
-        shortlist, _ = build_shortlist(logits, self.shortlist_size)
+        shortlist, _ = build_shortlist(logits, self.shortlist_size, self._scratch)
         return shortlist, chosen - shortlist.tail_logsumexp

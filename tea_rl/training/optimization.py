@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from tea_rl.errors import TeaError
 from tea_rl.head.layer import TeaHead
+from tea_rl.quantization import quiet_bitsandbytes
 from tea_rl.recipe import AnchorConfig, ObjectiveConfig, TrainConfig
 
 
@@ -144,6 +145,7 @@ def build_optimizer(parameters: list[torch.nn.Parameter], train: TrainConfig) ->
         return torch.optim.SGD(parameters, lr=train.learning_rate, weight_decay=train.weight_decay)
     betas = (train.adam_beta1, train.adam_beta2)
     if train.optim == "ademamix":
+        quiet_bitsandbytes()
         from bitsandbytes.optim import AdEMAMix
 
         return AdEMAMix(
