@@ -58,3 +58,14 @@ def cpu_has_bfloat16() -> bool:
         return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
     checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return any(getattr(torch.cpu, name, bool)() for name in checks)
+
+
+def product_dtype(weight: torch.Tensor) -> torch.dtype:
+    """Number format for the products of a head that reads what feeds ``weight``, a part of the backbone.
+
+    The states hold no more than the backbone's format, so where that is bfloat16 and the device multiplies it in hardware, it
+    serves the head as well. Everywhere else float32: float16 would need its losses scaled.
+    """
+    device = weight.device.type
+    in_hardware = cpu_has_bfloat16() if device == "cpu" else device == "cuda"
+    return torch.bfloat16 if weight.dtype == torch.bfloat16 and in_hardware else torch.float32

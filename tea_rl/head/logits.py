@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tea_rl.devices import product_dtype
 from tea_rl.errors import TeaError
 from tea_rl.head.config import HeadConfig
 from tea_rl.head.full_vocabulary import Reads
@@ -63,6 +64,7 @@ class CorrectedLogits(nn.Module):
         self.reference_digest: str | None = None
         self.base_settings: dict[str, Any] = {}
         self.members = PackedMembers(config, self.hidden_size, seed, self.vocab_size).to(weight.device)
+        self.members.product_dtype = product_dtype(weight)
         self.reference_delta = None
         if config.train_reference:
             self.reference_delta = nn.Parameter(torch.zeros(weight.shape, device=weight.device))

@@ -42,6 +42,7 @@ class PackedFeatures(nn.Module):
 
     Attributes:
         packed_width: ``S``.
+        product_dtype: number format that products are taken in, see `tea_rl.devices.product_dtype`; float32 unless it is set.
     """
 
     feature_index: Tensor | None
@@ -52,6 +53,7 @@ class PackedFeatures(nn.Module):
         self.config = config
         self.hidden_size = hidden_size
         self.num_blocks = 1 + config.context.num_means
+        self.product_dtype = torch.float32
         num_members = config.num_members
         block_features = max(1, round(config.feature_fraction * hidden_size))
         num_features = block_features * self.num_blocks
@@ -102,6 +104,16 @@ class PackedFeatures(nn.Module):
             hidden_states ``(N, D * (1 + num_means))``; desired returns ``(N,)``, or ``()`` for all positions, of effect with
             ``return_conditioning`` only; returns ``(K, N, S)`` in float32.
         """
+        with self._products():
+            return self._features(hidden_states, returns).float()
+
+    def _products(self) -> torch.autocast:
+        """Inside, products are of `product_dtype`; parameters and their gradients stay float32."""
+        mixed = self.product_dtype != torch.float32
+        return torch.autocast(self.norm_scale.device.type, dtype=self.product_dtype, enabled=mixed)
+
+    def _features(self, hidden_states: Tensor, returns: Tensor | None) -> Tensor:
+        """`features` in the number format that they were worked out in."""
         x = normed = self._normalised(hidden_states.float())
         scale, shift = self.norm_scale, self.norm_shift
         if returns is not None and self.modulation is not None:
@@ -188,12 +200,15 @@ class PackedMembers(PackedFeatures):
             hidden_states ``(N, D * (1 + num_means))``; desired returns as in `features`; returns ``g`` ``(N, D)`` (``vocab``:
             ``(N, K * readout_rank)``) and ``b`` ``(N,)``, float32.
         """
-        features = self.features(hidden_states, returns) * self._member_scales(hidden_states.device)
-        out = features.transpose(0, 1).flatten(1) @ self.readout.t()
-        shift = out[:, -1] * TAIL_SHIFT_GAIN
-        if self.config.readout == "tied":
-            return out[:, :-1], shift
-        return (features @ self.rank_readout).transpose(0, 1).flatten(1) * VOCAB_READOUT_GAIN, shift
+        with self._products():
+            features = self._features(hidden_states, returns)
+            features = features * self._member_scales(hidden_states.device).to(features.dtype)
+            out = (features.transpose(0, 1).flatten(1) @ self.readout.t()).float()
+            shift = out[:, -1] * TAIL_SHIFT_GAIN
+            if self.config.readout == "tied":
+                return out[:, :-1], shift
+            codes = (features @ self.rank_readout).float()
+        return codes.transpose(0, 1).flatten(1) * VOCAB_READOUT_GAIN, shift
 
     def corrections_per_member(
         self, hidden_states: Tensor, returns: Tensor | None = None

@@ -13,7 +13,6 @@ All logits here are already divided by the sampling temperature: the policy is d
 
 from __future__ import annotations
 
-import warnings
 from functools import cache
 from typing import NamedTuple
 
@@ -149,15 +148,14 @@ class _ShortlistProduct(torch.autograd.Function):
     """``out[n, j] = weight[ids[n, j]] . g[n]``, the rows read where they lie wherever torch can do so.
 
     Gathered rows would be written and read again: three times the traffic of what this is bound by. The forward pass gathers them
-    on GPUs and in half precision all the same, the backward pass on MPS; the rows of all tokens are never held at once.
+    on GPUs all the same, the backward pass on MPS; the rows of all tokens are never held at once.
     """
 
     @staticmethod
     def forward(ctx, g: Tensor, weight: Tensor, ids: Tensor) -> Tensor:  # noqa: ANN001
         ctx.save_for_backward(g, weight, ids)
-        return (
-            _sampled_product(g, weight, ids) if _reads_in_place(weight) else _gathered_product(g, weight, ids)
-        )
+        in_place = _reads_in_place(weight.device.type, weight.dtype)
+        return (_product_in_place if in_place else _gathered_product)(g, weight, ids)
 
     @staticmethod
     def backward(ctx, grad_out: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # noqa: ANN001
@@ -184,28 +182,24 @@ def _weighted_rows(amounts: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
     return F.embedding_bag(ids.flatten(), weight, starts, mode="sum", per_sample_weights=amounts.flatten())
 
 
-def _reads_in_place(weight: Tensor) -> bool:
-    """Whether `_sampled_product` is there for such weights; on GPUs it is untested."""
-    return weight.device.type == "cpu" and weight.dtype == torch.float32
-
-
-def _sampled_product(g: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-    """The product of ``g`` and the transposed weight at the places of a sparse matrix, ``(N, k)``."""
-    rows, size = ids.shape
-    starts = torch.arange(0, ids.numel() + 1, size)
-    _hear_beta_warning()
-    places = torch.sparse_csr_tensor(
-        starts, ids.flatten(), torch.zeros(ids.numel()), (rows, len(weight)), check_invariants=False
-    )
-    return torch.sparse.sampled_addmm(places, g.float(), weight.T, beta=0.0).values().view(rows, size)
-
-
 @cache
-def _hear_beta_warning() -> None:
-    """torch warns once a process that its CSR layout is a beta: here, where nobody need read it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False)
+def _reads_in_place(device: str, dtype: torch.dtype) -> bool:
+    """Whether `_product_in_place` serves such weights. Some versions of torch sum in half precision there, too."""
+    if device != "cpu":
+        return False  # untested
+    ones, ids = torch.ones(1, 1024, dtype=dtype), torch.zeros(1, 1, dtype=torch.long)
+    return _product_in_place(ones, ones, ids).item() == 1024
+
+
+def _product_in_place(g: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    """``weight[ids[n, j]] . g[n]``, ``(N, k)`` float32: what the gradient of an embedding bag's weights is, without the bag."""
+    rows, size = ids.shape
+    starts = torch.arange(0, ids.numel(), size)
+    row = torch.arange(rows).repeat_interleave(size)
+    products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        g.to(weight.dtype), weight, ids.flatten(), starts, row, mode=0
+    )
+    return products.view(rows, size).float()
 
 
 def _gathered_product(g: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
