@@ -185,6 +185,13 @@ class Setting:
         return load_backbone(self.model, dtype=self.dtype)
 
     @cached_property
+    def plain_backbone(self) -> Backbone:
+        """The same as transformers makes it, for peers."""
+        from tea_rl import load_backbone
+
+        return load_backbone(self.model, dtype=self.dtype, plain=True)
+
+    @cached_property
     def fast_backbone(self) -> Backbone:
         """The same as `FAST` loads it."""
         from tea_rl import load_backbone

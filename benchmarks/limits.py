@@ -9,6 +9,7 @@ of a stage is the sum over its phases, and the *share reached* is the limit's ti
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tea_rl import Backbone, TeaHead
+from tea_rl.packed_linear import packed_weights
 
 _FLOAT_BYTES = 4
 #: AdamW reads weight, gradient and both moments and writes weight and both moments.
@@ -95,9 +97,9 @@ class ModelWork:
         shared = getattr(config, "num_key_value_heads", None) or heads
         embeddings = {id(m.weight) for m in backbone.body.modules() if isinstance(m, nn.Embedding)}
         self.dtype = backbone.dtype
-        self.body = sum(
-            p.numel() for p in backbone.body.parameters() if p.dim() > 1 and id(p) not in embeddings
-        )
+        kept = [p.numel() for p in backbone.body.parameters() if p.dim() > 1 and id(p) not in embeddings]
+        packed = [math.prod(sample.shape) for sample in packed_weights(backbone.body).values()]
+        self.body = sum(kept) + sum(packed)
         self.output = backbone.vocab_size * backbone.hidden_size
         self.query_width = config.num_hidden_layers * heads * head_width
         self.cached = 2 * config.num_hidden_layers * shared * head_width * self.dtype.itemsize

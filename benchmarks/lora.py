@@ -23,7 +23,7 @@ def lora_model(rank: int = 16, model: str = MODEL, dtype: str = "auto") -> tuple
 
     from tea_rl import load_backbone
 
-    backbone = load_backbone(model, dtype=dtype)
+    backbone = load_backbone(model, dtype=dtype, plain=True)
     return get_peft_model(backbone.model, lora_config(rank)), backbone.tokenizer
 
 

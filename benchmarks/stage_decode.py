@@ -123,7 +123,7 @@ def _compare(
         return speed
 
     def generate(ids: list[list[int]] = prompts, length: int = tokens, **options: Any) -> float:
-        return generate_speed(backbone, ids, generations, length, **options)
+        return generate_speed(setting.plain_backbone, ids, generations, length, **options)
 
     runs: dict[str, Any] = {OURS: ours, "generate": generate}
     warm_ups = {name: lambda call=call: call(prompts[:1], 2) for name, call in runs.items()}

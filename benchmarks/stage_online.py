@@ -142,7 +142,7 @@ def grpo_steps(setting: Setting, sides: list[Ours], count: int) -> list[float]:
     def reward(completions: list[str], place: list[int], **_: Any) -> list[float]:
         return score_texts(own.rewards, [prompts[at] for at in place], completions).total
 
-    backbone = load_backbone(setting.model, dtype=setting.dtype)  # LoRA changes its modules
+    backbone = load_backbone(setting.model, dtype=setting.dtype, plain=True)  # LoRA changes its modules
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
             **settings(folder, backbone.dtype),

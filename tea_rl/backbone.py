@@ -25,6 +25,7 @@ from tea_rl.head.config import ContextConfig
 from tea_rl.head.context import ContextReader, ContextState, find_layers
 from tea_rl.head.context_wrapper import ContextWrapper
 from tea_rl.model_source import ModelSource, find_model, one_line, quiet_transformers
+from tea_rl.packed_linear import can_pack, pack_linear_layers
 from tea_rl.probe import find_output_layer, output_weight, probe_output, weight_digest
 from tea_rl.quantization import (
     avoid_odd_packing,
@@ -239,6 +240,7 @@ def load_backbone(
     revision: str | None = None,
     compile: bool = False,
     *,
+    plain: bool = False,
     notify: Callable[[str], None] | None = None,
 ) -> Backbone:
     """Load a causal LM, freeze it, and check that its logits are what its output layer says.
@@ -254,6 +256,8 @@ def load_backbone(
         device: ``auto`` takes CUDA, then MPS, then CPU.
         revision: Hub branch, tag or commit.
         compile: run the layers through `torch.compile` where they read one token; not where a head reads context features.
+        plain: leave the layers as transformers makes them, for whoever trains or exchanges them; on a CPU they are otherwise
+            laid out for inference (`tea_rl.attention`, `tea_rl.packed_linear`).
         notify: told one line before something slow happens; the ``logging`` module when None.
 
     Raises:
@@ -274,8 +278,10 @@ def load_backbone(
     if getattr(model, "is_loaded_in_4bit", False) and place.type == "cpu":
         avoid_odd_packing(model)
     model.requires_grad_(False).eval()
-    if place.type == "cpu":
+    if place.type == "cpu" and not plain:
         use_grouped_attention(model)
+        if quantization == "none" and not compile and can_pack(float_type):
+            pack_linear_layers(model.base_model)
     if quantization == "w8a8":
         use_w8a8(model, tokenizer, _context_length(model, tokenizer))
     eos, pad = _special_tokens(model, tokenizer)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ SMALLEST_SHARED = 2.0**-14
 DIGEST_ROWS = 4096
 # A causal model's earlier states do not move with a later token; quantised ones may move by this share.
 CAUSAL = 5e-2
+#: Numbers of each tensor of a backbone that enter its digest.
+_SAMPLED_VALUES = 64
 
 
 def find_output_layer(model: PreTrainedModel) -> tuple[nn.Module, str, nn.Module]:
@@ -76,6 +78,21 @@ def weight_digest(weight: Tensor) -> str:
         rounded = rounded.masked_fill(rounded.abs() < SMALLEST_SHARED, 0.0)
         sha.update(rounded.contiguous().view(torch.int16).numpy().data)
     return sha.hexdigest()
+
+
+class Sample(NamedTuple):
+    """What a digest over many tensors knows of one of them."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    values: Tensor
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Sample:
+        """Numbers that stand at equal distances."""
+        flat = tensor.detach().reshape(-1)
+        some = flat[:: max(1, flat.numel() // _SAMPLED_VALUES)]
+        return cls(tuple(tensor.shape), tensor.dtype, some.cpu().clone())
 
 
 class _ProbeLayer(nn.Module):

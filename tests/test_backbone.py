@@ -156,6 +156,20 @@ def test_auto_dtype_on_cpu_follows_the_instructions(monkeypatch, capable, expect
     assert resolve_dtype("float16", torch.device("cpu")) is torch.float16
 
 
+@pytest.mark.parametrize(
+    "dtype, capable, expected",
+    [
+        (torch.bfloat16, True, torch.bfloat16),
+        (torch.bfloat16, False, torch.float32),
+        (torch.float16, True, torch.float32),
+        (torch.float32, True, torch.float32),
+    ],
+)
+def test_products_of_a_head_follow_the_backbone(monkeypatch, dtype, capable, expected):
+    monkeypatch.setattr(devices, "cpu_has_bfloat16", lambda: capable)
+    assert devices.product_dtype(torch.zeros(2, 2, dtype=dtype)) is expected
+
+
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
 @pytest.mark.parametrize("family, layer", [("llama", "layers.0.mlp.up_proj"), ("gpt2", "h.0.mlp.c_fc")])

@@ -271,4 +271,4 @@ def _kto_trainer() -> type[Any]:
 
 def _second_base(start: Start) -> BaseModel:
     """The original model beside one whose every weight was trained."""
-    return separate_base(load_backbone(**start.recipe.model.model_dump()).model)
+    return separate_base(load_backbone(**start.recipe.model.model_dump(), plain=True).model)

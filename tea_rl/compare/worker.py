@@ -101,7 +101,8 @@ def _trained(job: Job, budget: Budget, resume: bool) -> tuple[Trained, Start]:
 
         return train_tea(job.recipe, job.seed, start_of, str(job.folder / RUN_NAME)), made[0]
     rewards = load_rewards(job.recipe.rewards, job.recipe.base_dir)
-    backbone = load_backbone(**job.recipe.model.model_dump(), notify=print)
+    # What TRL and PEFT change must be plain.
+    backbone = load_backbone(**job.recipe.model.model_dump(), plain=job.method.is_peer, notify=print)
     start = Start(job.recipe, backbone, *prepare_prompts(job.recipe, backbone), rewards, job.folder, budget)
     if job.method.is_peer:
         from tea_rl.compare.peers import train_peer

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
 #: Shortlist that a store holds for heads that correct the whole vocabulary and have no size of their own.
 DEFAULT_SHORTLIST = 128
-#: Numbers of each backbone tensor that enter its digest.
-_PROBED_VALUES = 64
 #: Tells people where a store came from; equal weights may lie under two names, and digests decide.
 _INFORMATIVE = ("base_model_name_or_path",)
 
@@ -99,12 +97,15 @@ def body_digest(backbone: Backbone) -> str:
     """
     import torch
 
+    from tea_rl.packed_linear import packed_weights
+    from tea_rl.probe import Sample
+
+    samples = {name: Sample.of(parameter) for name, parameter in backbone.body.named_parameters()}
+    samples |= packed_weights(backbone.body)
     sha = hashlib.sha256()
-    for name, parameter in sorted(backbone.body.named_parameters()):
-        flat = parameter.detach().reshape(-1)
-        some = flat[:: max(1, flat.numel() // _PROBED_VALUES)].cpu().contiguous()
-        sha.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        sha.update(some.view(torch.uint8).numpy().tobytes())
+    for name, (shape, dtype, values) in sorted(samples.items()):
+        sha.update(f"{name} {shape} {dtype}".encode())
+        sha.update(values.view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
 
 

@@ -276,3 +276,40 @@ def test_a_head_that_is_not_finite_is_not_saved(reference, tmp_path):
     with pytest.raises(TeaError, match="not finite"):
         head.save_pretrained(tmp_path / "head")
     assert not (tmp_path / "head").exists()
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_products_in_bfloat16_are_those_of_float32_up_to_rounding(config):
+    torch.manual_seed(3)
+    members = PackedMembers(config, HIDDEN, seed=1, vocab_size=VOCAB)
+    for parameter in members.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    states = torch.randn(20, HIDDEN * (1 + config.context.num_means)).bfloat16()
+    members.eval()
+    exact, exact_shift = members(states)
+    members.product_dtype = torch.bfloat16
+    found, shift = members(states)
+    assert found.dtype == shift.dtype == members.features(states).dtype == torch.float32
+    assert 0 < (found - exact).norm() < 0.03 * exact.norm()
+    assert 0 < (shift - exact_shift).norm() < 0.03 * exact_shift.norm()
+    alone, _ = members.corrections_per_member(states)
+    torch.testing.assert_close(alone.mean(dim=0), found, rtol=0.05, atol=0.05 * found.abs().max().item())
+    with torch.no_grad():  # what a rollout records is what an update starts from
+        torch.testing.assert_close(
+            members(states[:7])[0], found[:7], rtol=0.02, atol=1e-3 * float(found.abs().max())
+        )
+
+
+def test_gradients_of_bfloat16_products_are_float32_and_point_the_same_way():
+    members = PackedMembers(HeadConfig(hidden_sizes=[32, 16]), HIDDEN, seed=1)
+    torch.nn.init.normal_(members.readout, std=0.1)
+    states, gradients = torch.randn(50, HIDDEN), []
+    for dtype in (torch.float32, torch.bfloat16):
+        members.product_dtype = dtype
+        members.zero_grad(set_to_none=True)
+        g, shift = members(states)
+        (g.square().mean() + shift.square().mean()).backward()
+        assert all(parameter.grad.dtype == torch.float32 for parameter in members.parameters())
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in members.parameters()]))
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.999
+    assert (gradients[0] - gradients[1]).norm() < 0.03 * gradients[0].norm()
