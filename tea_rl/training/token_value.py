@@ -30,7 +30,7 @@ PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 _KEPT_STEPS = 20
 _FILE_NAME = "token_value.safetensors"
 #: Rows of the vocabulary, or tokens, in float32 at once.
-_BLOCK = 8192
+_BLOCK = 2048
 #: Below this share of the vocabulary's, the spread of the sampled tokens' values is as good as none.
 _LEAST_SPREAD = 1e-3
 
