@@ -18,6 +18,9 @@ from tea_rl.head.returns import ReturnModulation, as_return, returns_of_position
 from tea_rl.head.scratch import Scratch
 from tea_rl.w8a8 import W8A8Output
 
+#: Logits of a product from which on it is taken by blocks of this many tokens of the vocabulary.
+_WIDE, _VOCABULARY_BLOCK = 2**20, 16384
+
 
 class CorrectedLogits(nn.Module):
     """The part of `tea_rl.head.layer.TeaHead` that reads states and gives logits; arguments and attributes are stated there."""
@@ -182,15 +185,30 @@ class CorrectedLogits(nn.Module):
         if self._fast_logits is not None:
             return self._fast_logits(states, scratch)
         if scratch is None:
+            wide = states.numel() // self.hidden_size * self.vocab_size > _WIDE
+            if wide and states.device.type == "cpu" and not torch.is_grad_enabled():
+                return self._product_by_blocks(states)
             return F.linear(states, self.weight, self.bias).float()
         shape, device = (len(states), self.vocab_size), states.device
         product = scratch.take("product", shape, self.weight.dtype, device)
-        torch.mm(states, self.weight.t(), out=product)
-        if self.bias is not None:
-            product.add_(self.bias)
+        if self.bias is None:
+            torch.mm(states, self.weight.t(), out=product)
+        else:
+            torch.addmm(self.bias, states, self.weight.t(), out=product)
         if product.dtype == torch.float32:
             return product
         return scratch.take("logits", shape, torch.float32, device).copy_(product)
+
+    def _product_by_blocks(self, states: Tensor) -> Tensor:
+        """The same without ever holding all logits in half precision: memory that is taken for one step has to be mapped first."""
+        if self.weight.dtype == torch.float32:
+            return F.linear(states, self.weight, self.bias)
+        logits = states.new_empty((*states.shape[:-1], self.vocab_size), dtype=torch.float32)
+        for start in range(0, self.vocab_size, _VOCABULARY_BLOCK):
+            block = slice(start, start + _VOCABULARY_BLOCK)
+            bias = None if self.bias is None else self.bias[block]
+            logits[..., block] = F.linear(states, self.weight[block], bias)
+        return logits
 
     def shortlist_correction(
         self, hidden_states: Tensor, ids: Tensor, returns: Tensor | None = None
@@ -203,7 +221,8 @@ class CorrectedLogits(nn.Module):
         """
         g, shift = self.read_members(hidden_states, returns)
         products = [shortlist_product(*read, ids) for read in self.reads(hidden_states, g)]
-        return self.logit_scale * torch.stack(products).sum(dim=0), shift
+        total = products[0] if len(products) == 1 else products[0] + products[1]
+        return (total if self.logit_scale == 1.0 else self.logit_scale * total), shift
 
     def reads(self, hidden_states: Tensor, g: Tensor) -> list[Reads]:
         """The products whose sum is the correction (before ``logit_scale``), given what the members returned."""

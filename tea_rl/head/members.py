@@ -20,6 +20,8 @@ TAIL_SHIFT_GAIN = 10.0
 VOCAB_READOUT_GAIN = 10.0
 #: Initial size of memory keys: peaked enough that a query reads a handful of slots, not the mean of all.
 KEY_SCALE = 2.0
+#: States from which on products of half precision pay.
+_MANY_STATES = 8
 
 
 class PackedFeatures(nn.Module):
@@ -104,12 +106,13 @@ class PackedFeatures(nn.Module):
             hidden_states ``(N, D * (1 + num_means))``; desired returns ``(N,)``, or ``()`` for all positions, of effect with
             ``return_conditioning`` only; returns ``(K, N, S)`` in float32.
         """
-        with self._products():
+        with self._products(hidden_states):
             return self._features(hidden_states, returns).float()
 
-    def _products(self) -> torch.autocast:
+    def _products(self, states: Tensor) -> torch.autocast:
         """Inside, products are of `product_dtype`; parameters and their gradients stay float32."""
-        mixed = self.product_dtype != torch.float32
+        # To round all weights for a few states takes longer than to multiply them as they are.
+        mixed = self.product_dtype != torch.float32 and len(states) >= _MANY_STATES
         return torch.autocast(self.norm_scale.device.type, dtype=self.product_dtype, enabled=mixed)
 
     def _features(self, hidden_states: Tensor, returns: Tensor | None) -> Tensor:
@@ -119,12 +122,13 @@ class PackedFeatures(nn.Module):
         if returns is not None and self.modulation is not None:
             gamma, beta = self.modulation(returns)
             scale, shift = scale + gamma, shift + beta
-            if scale.shape[1] > 1:
-                x = torch.addcmul(shift, x, scale)
+        folds = scale.shape[1] == 1 and x.shape[1] >= x.shape[2]
+        if not folds:
+            x = torch.addcmul(shift, x, scale)
         outputs = []
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            if layer == 0 and scale.shape[1] == 1:
-                # The affine part of the norm is folded into the first product: (x s + t) W = x (s W) + t W.
+            if layer == 0 and folds:
+                # Many states: the affine part of the norm goes into the first product, (x s + t) W = x (s W) + t W.
                 bias = bias + shift @ weight
                 weight = scale.transpose(1, 2) * weight
             x = torch.baddbmm(bias, x, weight)
@@ -200,7 +204,7 @@ class PackedMembers(PackedFeatures):
             hidden_states ``(N, D * (1 + num_means))``; desired returns as in `features`; returns ``g`` ``(N, D)`` (``vocab``:
             ``(N, K * readout_rank)``) and ``b`` ``(N,)``, float32.
         """
-        with self._products():
+        with self._products(hidden_states):
             features = self._features(hidden_states, returns)
             features = features * self._member_scales(hidden_states.device).to(features.dtype)
             out = (features.transpose(0, 1).flatten(1) @ self.readout.t()).float()

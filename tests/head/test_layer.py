@@ -11,6 +11,7 @@ from tea_rl.errors import TeaError
 from tea_rl.head.config import HeadConfig
 from tea_rl.head.layer import TeaHead
 from tea_rl.head.members import PackedMembers
+from tea_rl.head.scratch import Scratch
 
 HIDDEN, VOCAB = 48, 200
 
@@ -295,9 +296,9 @@ def test_products_in_bfloat16_are_those_of_float32_up_to_rounding(config):
     alone, _ = members.corrections_per_member(states)
     torch.testing.assert_close(alone.mean(dim=0), found, rtol=0.05, atol=0.05 * found.abs().max().item())
     with torch.no_grad():  # what a rollout records is what an update starts from
-        torch.testing.assert_close(
-            members(states[:7])[0], found[:7], rtol=0.02, atol=1e-3 * float(found.abs().max())
-        )
+        assert (members(states[:10])[0] - found[:10]).norm() < 0.01 * found[:10].norm()
+        # Few states are not worth rounding the weights.
+        torch.testing.assert_close(members(states[:3])[0], exact[:3], rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_of_bfloat16_products_are_float32_and_point_the_same_way():
@@ -313,3 +314,21 @@ def test_gradients_of_bfloat16_products_are_float32_and_point_the_same_way():
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in members.parameters()]))
     assert torch.cosine_similarity(*gradients, dim=0) > 0.999
     assert (gradients[0] - gradients[1]).norm() < 0.03 * gradients[0].norm()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_wide_logits_in_half_precision_are_those_of_one_product(bias, monkeypatch):
+    reference = nn.Linear(HIDDEN, VOCAB, bias=bias, dtype=torch.bfloat16).requires_grad_(False)
+    states = torch.randn(2, 3, HIDDEN, generator=torch.Generator().manual_seed(0)).bfloat16()
+    head = TeaHead(reference).eval()
+    wanted = reference(states).float()
+    monkeypatch.setattr("tea_rl.head.logits._WIDE", 100)
+    monkeypatch.setattr("tea_rl.head.logits._VOCABULARY_BLOCK", 64)
+    with torch.no_grad():
+        found = head(states)
+        assert found.dtype == torch.float32 and torch.equal(found, wanted)
+        scratch = Scratch()
+        kept = head.reference_logits(states.flatten(0, 1), 0.5, scratch)
+        assert torch.equal(kept, 2 * wanted.flatten(0, 1))
+        again = head.reference_logits(states[0], 1.0, scratch)
+        assert again.data_ptr() == kept.data_ptr() and torch.equal(again, wanted[0])
