@@ -147,6 +147,7 @@ class HeadWork:
         self.vocabulary = head.weight.shape[0]
         self.listed = self.vocabulary if head.full_vocabulary else int(head.shortlist_size)
         self.state_bytes = head.weight.shape[1] * head.weight.element_size()
+        self.dtype = head.members.product_dtype
 
     def read_bytes(self, states: float) -> float:
         """Bytes of the vocabulary's rows that a batch of states reads."""
@@ -157,7 +158,7 @@ class HeadWork:
         phases = []
         for position in range(int(lengths.max())):
             rows = int((lengths > position).sum())
-            phases.append(Work(2 * rows * self.weights, self.weights * _FLOAT_BYTES))
+            phases.append(Work(2 * rows * self.weights, self.weights * _FLOAT_BYTES, self.dtype))
             phases.append(Work(0, self.read_bytes(rows)))
         return phases
 
@@ -166,7 +167,7 @@ class HeadWork:
         flops = states * (2 * self.weights + 2 * self.weights + 2 * (self.weights - self.first))
         passes = minibatches * self.weights * _FLOAT_BYTES
         return [
-            Work(flops, 3 * passes + states * self.state_bytes),
+            Work(flops, 3 * passes + states * self.state_bytes, self.dtype),
             Work(0, 2 * minibatches * self.read_bytes(states / minibatches)),
             Work(0, _ADAMW_PASSES * passes),
         ]

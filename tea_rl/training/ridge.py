@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+#: Smallest number that is divided by.
+_TINY = 1e-12
+
 
 def ridge_weights(gram: Tensor, moment: Tensor, penalties: Tensor) -> Tensor:
     """Solutions of ``(X'X + penalty I) w = X'y``, one column a penalty.
@@ -22,18 +25,48 @@ def ridge_weights(gram: Tensor, moment: Tensor, penalties: Tensor) -> Tensor:
     return vectors @ shrunk
 
 
-def ridge_fit(features: Tensor, targets: Tensor, penalties: Tensor) -> Tensor:
-    """The same from the data themselves, by way of the smaller of ``X'X`` and ``XX'``.
+class Ridge:
+    """Fits of ``y`` to ``X`` at any penalty, and what they say of rows they have not seen, from one decomposition.
+
+    With ``X = U S V'`` and ``Z = U S``, the fit at penalty ``p`` says ``H y`` with ``H = Z (S^2 + p)^-1 Z'``. Without a group ``g``
+    of rows it would say ``y_g - (I - H_gg)^-1 (y - H y)_g`` of them: the leave-one-out formula of linear regression, for blocks.
 
     Args:
         features: ``X``, ``(N, F)`` float64.
         targets: ``y``, ``(N,)`` float64.
-        penalties: ``(P,)``.
-
-    Shape:
-        returns ``(F, P)`` float64.
     """
-    if len(features) > features.shape[1]:
-        return ridge_weights(features.T @ features, features.T @ targets, penalties)
-    # (X'X + p)^-1 X'y = X' (XX' + p)^-1 y
-    return features.T @ ridge_weights(features @ features.T, targets, penalties)
+
+    def __init__(self, features: Tensor, targets: Tensor) -> None:
+        self._targets = targets
+        rows, columns = features.shape
+        # By way of the smaller of X'X and XX'.
+        if rows > columns:
+            values, basis = torch.linalg.eigh(features.T @ features)
+            self._values, self._scores, self._basis = values.clamp(min=0.0), features @ basis, basis
+        else:
+            values, left = torch.linalg.eigh(features @ features.T)
+            self._values = values.clamp(min=0.0)
+            self._scores = left * self._values.sqrt()
+            self._basis = features.T @ (left / self._values.clamp(min=_TINY).sqrt())
+        self._moment = self._scores.T @ targets
+
+    def weights(self, penalty: float) -> Tensor:
+        """Solution of ``(X'X + penalty I) w = X'y``, ``(F,)``."""
+        return self._basis @ (self._moment / (self._values + penalty + _TINY))
+
+    def left_out(self, folds: Tensor, penalties: Tensor) -> Tensor:
+        """What every row is said to be by the fit to the other folds.
+
+        Shape:
+            folds ``(N,)``; penalties ``(P,)``, positive; returns ``(N, P)``.
+        """
+        said = self._targets.new_empty(len(self._targets), len(penalties))
+        for column, penalty in enumerate(penalties.tolist()):
+            shrunk = self._scores / (self._values + penalty + _TINY)
+            residuals = self._targets - shrunk @ self._moment
+            for number in folds.unique():
+                own = folds == number
+                rest = -shrunk[own] @ self._scores[own].T
+                rest.diagonal().add_(1.0)
+                said[own, column] = self._targets[own] - torch.linalg.solve(rest, residuals[own])
+        return said

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tea_rl.rollout.trajectory import TokenBatch
-from tea_rl.training.ridge import ridge_fit
+from tea_rl.training.ridge import Ridge
 
 NUM_FOLDS = 5
 #: Ridge penalties, as a share of the features' mean squared length.
@@ -120,15 +120,14 @@ class TokenValue:
         self.correlation = 0.0
         if len(fold.unique()) < 2 or not bool(rewards.any()):
             return torch.zeros(features.shape[1])
-        shares = torch.tensor(PENALTIES, dtype=torch.float64)
-        said = torch.zeros(len(rewards), len(PENALTIES), dtype=torch.float64)
-        for number in fold.unique():
-            own = fold == number
-            said[own] = features[own] @ _directions(features[~own], rewards[~own], shares)
+        mean_square = features.square().sum() / len(features)
+        penalties = (torch.tensor(PENALTIES, dtype=torch.float64) * mean_square).clamp(min=1e-6)
+        fit = Ridge(features, rewards)
+        said = fit.left_out(fold, penalties)
         best = int((said - rewards.unsqueeze(1)).square().sum(dim=0).argmin())
         both = torch.corrcoef(torch.stack([said[:, best], rewards]))[0, 1]
         self.correlation = max(0.0, float(both.nan_to_num()))
-        return _directions(features, rewards, shares[best : best + 1]).squeeze(1).float()
+        return fit.weights(float(penalties[best])).float()
 
     def save(self, folder: Path) -> None:
         """Write what it learns from into a checkpoint's folder."""
@@ -137,9 +136,3 @@ class TokenValue:
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote."""
         self._kept = load_file(folder / _FILE_NAME)
-
-
-def _directions(features: Tensor, rewards: Tensor, shares: Tensor) -> Tensor:
-    """Ridge regression at penalties that are shares of the features' mean squared length, ``(D, P)``."""
-    penalties = shares * features.square().sum() / len(features)
-    return ridge_fit(features, rewards, penalties)

@@ -16,7 +16,7 @@ from tea_rl.recipe import AnchorConfig, ObjectiveConfig, TrainConfig
 from tea_rl.rollout import DecodeSettings, generate
 from tea_rl.rollout.trajectory import TokenBatch
 from tea_rl.training.learner import Learner
-from tea_rl.training.ridge import ridge_fit
+from tea_rl.training.ridge import Ridge
 from tea_rl.training.token_value import TokenValue
 
 VOCABULARY, WIDTH, LENGTH = 60, 24, 10
@@ -198,12 +198,22 @@ def test_one_completion_a_prompt_says_nothing(tmp_path):
         load_recipe(recipe(tmp_path), ["objective.name=reinforce", "rollout.num_generations=1"])
 
 
-def test_both_ways_of_a_ridge_fit_agree():
+@pytest.mark.parametrize("rows", [8, 30])
+def test_a_ridge_fit_and_what_it_says_of_folds_left_out(rows):
     draw = torch.Generator().manual_seed(0)
-    for rows in (5, 30):
-        x, y = torch.randn(rows, 12, generator=draw).double(), torch.randn(rows, generator=draw).double()
-        penalties = torch.tensor([0.1, 10.0], dtype=torch.float64)
-        wanted = [torch.linalg.solve(x.T @ x + p * torch.eye(12), x.T @ y) for p in penalties]
-        torch.testing.assert_close(
-            ridge_fit(x, y, penalties), torch.stack(wanted, dim=1), rtol=1e-4, atol=1e-6
-        )
+    x, y = torch.randn(rows, 12, generator=draw).double(), torch.randn(rows, generator=draw).double()
+    x[1] = x[0]  # as rank is lost where rewards are centred
+    folds, penalties = torch.arange(rows) % 3, torch.tensor([0.1, 10.0], dtype=torch.float64)
+    fit = Ridge(x, y)
+    said = fit.left_out(folds, penalties)
+    assert said.shape == (rows, 2)
+    for column, penalty in enumerate(penalties.tolist()):
+
+        def solution(own, penalty=penalty):
+            return torch.linalg.solve(x[own].T @ x[own] + penalty * torch.eye(12), x[own].T @ y[own])
+
+        everything = torch.ones(rows, dtype=torch.bool)
+        torch.testing.assert_close(fit.weights(penalty), solution(everything), rtol=1e-6, atol=1e-9)
+        for number in range(3):
+            rest = folds != number
+            torch.testing.assert_close(said[~rest, column], x[~rest] @ solution(rest), rtol=1e-6, atol=1e-9)
