@@ -25,6 +25,7 @@ from limits import HeadWork, Work
 from torch import nn
 
 from tea_rl import HeadConfig, TeaHead
+from tea_rl.devices import product_dtype
 from tea_rl.head.policy import Shortlist
 from tea_rl.recipe import AnchorConfig, ObjectiveConfig, Recipe, TrainConfig, parse_recipe
 from tea_rl.rollout.trajectory import TokenBatch
@@ -79,6 +80,7 @@ def _figure(
     setting: Setting, name: str, size: dict[str, Any], found: dict[str, Any], base: dict[str, Any]
 ) -> Figure:
     work = HeadWork(make_head(size, "meta"))
+    work.dtype = product_dtype(torch.empty(0, dtype=getattr(torch, size["dtype"])))  # not that of "meta"
     phases = work.update(_TOKENS, _TOKENS // _MINIBATCH)
     if name.startswith("tokens"):
         phases.append(Work(0, _TOKENS * work.state_bytes))

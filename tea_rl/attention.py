@@ -82,7 +82,7 @@ def newest_attention(
             query.float(), key.float(), value.float(), attn_mask=mask, scale=scale, enable_gqa=True
         )
         return out.to(query.dtype).transpose(1, 2)
-    asked = query.view(rows, groups, heads // groups, width).float() * (scale or 1 / math.sqrt(width))
+    asked = query.reshape(rows, groups, heads // groups, width).float() * (scale or 1 / math.sqrt(width))
     scores = torch.matmul(asked, key.float().transpose(2, 3)).view(rows, heads, 1, slots)
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)

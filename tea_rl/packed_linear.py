@@ -8,6 +8,7 @@ step, a third of the time where few rows are multiplied. The operators that hold
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from tea_rl.errors import TeaError
 from tea_rl.probe import Sample
 from tea_rl.quantization import replace_layers
 
+_FOR_INFERENCE = "this backbone's weights are laid out for inference"
+
 
 class PackedLinear(nn.Module):
     """A frozen ``nn.Linear`` for inference: ``(..., in)`` to ``(..., out)``. The plain weight is gone.
@@ -25,7 +28,7 @@ class PackedLinear(nn.Module):
         weight_sample: what is still known of the plain weight.
 
     Raises:
-        TeaError: in `forward`, if a gradient is wanted.
+        TeaError: in `forward`, if a gradient is wanted; in `state_dict`, always: a model saved without its weights would be lost.
     """
 
     def __init__(self, layer: nn.Linear) -> None:
@@ -39,9 +42,12 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.requires_grad:
             raise TeaError(
-                "this backbone's weights are laid out for inference and have no gradients: load it with load_backbone(..., plain=True)"
+                f"{_FOR_INFERENCE} and have no gradients: load it with load_backbone(..., plain=True)"
             )
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        raise TeaError(f"{_FOR_INFERENCE} and cannot be saved: load it with load_backbone(..., plain=True)")
 
     def extra_repr(self) -> str:
         return (

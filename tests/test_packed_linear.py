@@ -72,7 +72,11 @@ def test_what_is_not_packed(capable, monkeypatch, tmp_path):
     assert all(type(layer) is torch.nn.Linear for layer in twice)
 
 
-def test_a_gradient_is_refused(capable):
-    layer = PackedLinear(torch.nn.Linear(4, 4, dtype=torch.bfloat16).requires_grad_(False))
-    with pytest.raises(TeaError, match="plain=True"):
-        layer(torch.ones(1, 4, dtype=torch.bfloat16, requires_grad=True))
+def test_gradients_and_saving_are_refused(capable, tmp_path):
+    model = load_backbone(str(save_tiny("llama", tmp_path)), "bfloat16", device="cpu").model
+    layer = next(layer for layer in model.modules() if isinstance(layer, PackedLinear))
+    with pytest.raises(TeaError, match="no gradients: load it with .*plain=True"):
+        layer(torch.ones(1, layer.in_features, dtype=torch.bfloat16, requires_grad=True))
+    with pytest.raises(TeaError, match="cannot be saved: load it with .*plain=True"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not list((tmp_path / "saved").glob("*.safetensors"))

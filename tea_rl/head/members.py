@@ -6,6 +6,8 @@ DESIGN section 4. Shape letters: ``N`` tokens, ``D`` hidden size, ``K`` members,
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -109,11 +111,12 @@ class PackedFeatures(nn.Module):
         with self._products(hidden_states):
             return self._features(hidden_states, returns).float()
 
-    def _products(self, states: Tensor) -> torch.autocast:
+    def _products(self, states: Tensor) -> AbstractContextManager[object]:
         """Inside, products are of `product_dtype`; parameters and their gradients stay float32."""
         # To round all weights for a few states takes longer than to multiply them as they are.
-        mixed = self.product_dtype != torch.float32 and len(states) >= _MANY_STATES
-        return torch.autocast(self.norm_scale.device.type, dtype=self.product_dtype, enabled=mixed)
+        if self.product_dtype == torch.float32 or len(states) < _MANY_STATES:
+            return nullcontext()
+        return torch.autocast(self.norm_scale.device.type, dtype=self.product_dtype)
 
     def _features(self, hidden_states: Tensor, returns: Tensor | None) -> Tensor:
         """`features` in the number format that they were worked out in."""
