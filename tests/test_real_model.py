@@ -8,6 +8,7 @@ import torch
 from tea_rl import DecodeSettings, HeadConfig, TeaHead, generate, load_backbone
 from tea_rl.backbone import Backbone
 from tea_rl.cli import main
+from tea_rl.devices import resolve_dtype
 from tea_rl.packaged import INSTALL_COMMAND, packaged_gguf
 
 pytestmark = [
@@ -19,9 +20,11 @@ pytestmark = [
 PROMPTS = ["The movie was", "The restaurant turned out to be", "My new phone", "In the end, the weather"]
 
 
-@pytest.fixture(scope="module")
-def backbone() -> Backbone:
-    return load_backbone("HuggingFaceTB/SmolLM2-135M-Instruct")
+@pytest.fixture(scope="module", params=["auto", "float32"])
+def backbone(request) -> Backbone:
+    if request.param == "float32" and resolve_dtype("auto", torch.device("cpu")) == torch.float32:
+        pytest.skip("float32 is what auto takes here")
+    return load_backbone("HuggingFaceTB/SmolLM2-135M-Instruct", request.param, device="cpu")
 
 
 def transformers_greedy(backbone, texts, new_tokens):
@@ -65,7 +68,9 @@ def test_trained_head_decodes_like_transformers_and_replays(backbone):
 
     tokens = generate(backbone, head, encode(backbone), DecodeSettings(4, 16)).tokens
     terms = head.shortlist_terms(tokens.states, tokens.shortlist, tokens.slots, tokens.within_tail_logps)
-    torch.testing.assert_close(terms.logps, tokens.logps, atol=1e-4, rtol=1e-4)
+    # Where products are bfloat16, a sum in another order is rounded to another number now and then.
+    tolerance = 1e-4 if head.members.product_dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(terms.logps, tokens.logps, atol=tolerance, rtol=tolerance)
     assert (tokens.slots == head.shortlist_size).any()  # the tail is sampled, too
 
     head.strength = 0.0

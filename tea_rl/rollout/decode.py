@@ -183,7 +183,9 @@ def _choose(
     if bool(greedy.any()):
         greedy_at = at[greedy]
         slots[greedy] = _greedy_slots(
-            policy.logits[greedy_at], None if tail_probs is None else tail_probs[greedy_at]
+            policy.logits[greedy_at],
+            None if policy.shortlist is None else policy.shortlist.ids[greedy_at],
+            None if tail_probs is None else tail_probs[greedy_at],
         )
     listed = None if policy.shortlist is None else policy.shortlist.ids[at]
     actions, within_tail = _slots_to_tokens(slots, listed, tail_probs, at, uniforms[:, 1], greedy)
@@ -276,12 +278,17 @@ def _record(
     )
 
 
-def _greedy_slots(logits: Tensor, tail_probs: Tensor | None) -> Tensor:
-    """Slot of the likeliest token. The tail competes with its best token, not with its whole mass."""
-    if tail_probs is None:
+def _greedy_slots(logits: Tensor, listed: Tensor | None, tail_probs: Tensor | None) -> Tensor:
+    """Slot of the likeliest token. The tail competes with its best token, not with its whole mass.
+
+    Of equally likely tokens it is the first of the vocabulary, as in ``argmax``: logits in half precision are often equal.
+    """
+    if listed is None or tail_probs is None:
         return logits.argmax(dim=-1)
+    best = logits[:, :-1].amax(dim=1, keepdim=True)
+    slots = listed.masked_fill(logits[:, :-1] < best, torch.iinfo(listed.dtype).max).argmin(dim=1)
     best_of_tail = logits[:, -1:] + tail_probs.amax(1, keepdim=True).log()
-    return torch.cat([logits[:, :-1], best_of_tail], dim=1).argmax(dim=-1)
+    return torch.where((best_of_tail > best).squeeze(1), listed.shape[1], slots)
 
 
 def _slots_to_tokens(
