@@ -1,8 +1,7 @@
 """Attention on a CPU that reads the keys and values of grouped heads where they lie, and does not wait for a slow kernel.
 
 With a mask, transformers copies them for every head of a group first, because kernels of other devices need that; a CPU's does
-not. In half precision torch's kernel for CPUs is far slower than in float32 wherever queries are few, so there the scores are
-two batched products.
+not. For one new token a row that kernel is slow, in half precision most of all: two batched products take its place.
 """
 
 from __future__ import annotations
@@ -43,18 +42,16 @@ def grouped_attention(
         query ``(B, H, T, W)``; key and value ``(B, G, S, W)``; attention_mask ``(B, 1 or H, T, S)``; returns ``(B, T, H, W)``.
     """
     special = any(kwargs.get(name) is not None for name in _SPECIAL) or kwargs.get("dropout", 0.0) > 0.0
-    scale = kwargs.get("scaling")
-    grouped = key.shape[1] != query.shape[1]
-    if query.requires_grad or special:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    if query.shape[2] == 1 and (grouped or query.dtype != torch.float32):
-        return newest_attention(query, key, value, attention_mask, scale), None
-    if attention_mask is None or not grouped:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    out = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=attention_mask, scale=scale, enable_gqa=True
-    )
-    return out.transpose(1, 2).contiguous(), None
+    if not (special or query.requires_grad):
+        scale, grouped = kwargs.get("scaling"), key.shape[1] != query.shape[1]
+        if query.shape[2] == 1 and (grouped or query.dtype != torch.float32):
+            return newest_attention(query, key, value, attention_mask, scale), None
+        if attention_mask is not None and grouped:
+            out = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=attention_mask, scale=scale, enable_gqa=True
+            )
+            return out.transpose(1, 2).contiguous(), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
 def newest_attention(

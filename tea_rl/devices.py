@@ -67,5 +67,7 @@ def product_dtype(weight: torch.Tensor) -> torch.dtype:
     serves the head as well. Everywhere else float32: float16 would need its losses scaled.
     """
     device = weight.device.type
-    in_hardware = cpu_has_bfloat16() if device == "cpu" else device == "cuda"
+    in_hardware = (
+        cpu_has_bfloat16() if device == "cpu" else device == "cuda" and torch.cuda.is_bf16_supported()
+    )
     return torch.bfloat16 if weight.dtype == torch.bfloat16 and in_hardware else torch.float32

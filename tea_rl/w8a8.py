@@ -93,20 +93,19 @@ class Int8Group(nn.Module):
 
     def product(self, x: Tensor, start: int, end: int) -> Tensor:
         """Outputs ``start`` to ``end`` of ``x``: ``(..., K)`` to ``(..., end - start)``, in the dtype of ``x``."""
-        quantised, steps = self._quantise(x)
-        sums = torch._int_mm(quantised, self.weight[start:end].t()).float()
-        return sums.mul_(self.steps[start:end]).mul_(steps).to(x.dtype).view(*x.shape[:-1], end - start)
+        return self.exact_product(x, start, end).to(x.dtype)
 
-    def exact_product(self, x: Tensor, scratch: Scratch | None = None) -> Tensor:
-        """All outputs of ``x``, ``(..., out)``, in float32 whatever the dtype of ``x``; with ``scratch`` in there."""
+    def exact_product(self, x: Tensor, start: int, end: int, scratch: Scratch | None = None) -> Tensor:
+        """`product` in float32 whatever the dtype of ``x``; with ``scratch`` in there."""
         quantised, steps = self._quantise(x)
-        sums = out = None
-        if scratch is not None:
-            shape = (len(quantised), len(self.weight))
-            sums = scratch.take("sums", shape, torch.int32, x.device)
-            out = scratch.take("logits", shape, torch.float32, x.device)
-        sums = torch._int_mm(quantised, self.weight.t(), out=sums)
-        return torch.mul(sums, self.steps, out=out).mul_(steps).view(*x.shape[:-1], len(self.weight))
+        weight = self.weight[start:end].t()
+        if scratch is None:
+            sums = torch._int_mm(quantised, weight).float()
+        else:
+            shape = (len(quantised), end - start)
+            whole = torch._int_mm(quantised, weight, out=scratch.take("sums", shape, torch.int32, x.device))
+            sums = scratch.take("logits", shape, torch.float32, x.device).copy_(whole)
+        return sums.mul_(self.steps[start:end]).mul_(steps).view(*x.shape[:-1], end - start)
 
     def rounded_weight(self) -> Tensor:
         """The weight that `product` multiplies with, ``(out, K)`` float32."""
@@ -177,12 +176,8 @@ class W8A8Output(nn.Module):
         self.weight = nn.Parameter(group.rounded_weight().to(like.dtype), requires_grad=False)
         self.register_buffer("bias", bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.logits(x)
-
-    def logits(self, x: Tensor, scratch: Scratch | None = None) -> Tensor:
-        """The same, with ``scratch`` put in there."""
-        logits = self.group.exact_product(x, scratch)
+    def forward(self, x: Tensor, scratch: Scratch | None = None) -> Tensor:
+        logits = self.group.exact_product(x, 0, len(self.weight), scratch)
         return logits if self.bias is None else logits.add_(self.bias)
 
 

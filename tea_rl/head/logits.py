@@ -55,7 +55,7 @@ class CorrectedLogits(nn.Module):
         self.state_width = self.hidden_size * (1 + config.context.num_means)
         self.weight = weight
         # A bound method: as a submodule the layer would be saved with the head.
-        self._fast_logits = reference.logits if isinstance(reference, W8A8Output) else None
+        self._fast_product = reference.forward if isinstance(reference, W8A8Output) else None
         self.bias = getattr(reference, "bias", None)
         for shared in (self.weight, self.bias):
             if shared is not None:
@@ -182,11 +182,12 @@ class CorrectedLogits(nn.Module):
 
     def _reference_product(self, states: Tensor, scratch: Scratch | None = None) -> Tensor:
         """What the reference head makes of states ``(..., D)``, ``(..., V)`` float32; with ``scratch`` of ``(N, D)``, in there."""
-        if self._fast_logits is not None:
-            return self._fast_logits(states, scratch)
+        if self._fast_product is not None:
+            return self._fast_product(states, scratch)
         if scratch is None:
             wide = states.numel() // self.hidden_size * self.vocab_size > _WIDE
-            if wide and states.device.type == "cpu" and not torch.is_grad_enabled():
+            half = self.weight.dtype != torch.float32
+            if wide and half and states.device.type == "cpu" and not torch.is_grad_enabled():
                 return self._product_by_blocks(states)
             return F.linear(states, self.weight, self.bias).float()
         shape, device = (len(states), self.vocab_size), states.device
@@ -201,8 +202,6 @@ class CorrectedLogits(nn.Module):
 
     def _product_by_blocks(self, states: Tensor) -> Tensor:
         """The same without ever holding all logits in half precision: memory that is taken for one step has to be mapped first."""
-        if self.weight.dtype == torch.float32:
-            return F.linear(states, self.weight, self.bias)
         logits = states.new_empty((*states.shape[:-1], self.vocab_size), dtype=torch.float32)
         for start in range(0, self.vocab_size, _VOCABULARY_BLOCK):
             block = slice(start, start + _VOCABULARY_BLOCK)
