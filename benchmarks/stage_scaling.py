@@ -47,6 +47,8 @@ _SIZES = {
 #: Those that a quick run has time for.
 _QUICK = {"vocabulary": (262144,), "hidden": (), "members": (16,), "shortlist": ()}
 _TOKENS, _ROW_TOKENS, _PIECE, _MINIBATCH = 2048, 32, 32768, 512
+#: Steps of a repeat from a store: more than are read ahead at a time (`tea_rl.training.read_ahead`).
+_STORE_STEPS = 48
 
 
 def run(setting: Setting) -> Iterator[Figure]:
@@ -126,7 +128,8 @@ def _listed_tokens(
     """Shortlists without repeats, ``(count, listed)``, as unequal as those of text unless ``uniform``.
 
     Of the tokens that SmolLM2-135M lists in 12,773 positions of film reviews, 100 make up 24 %, 1,000 61 % and 5,000 88 %; the
-    law ``(rank + 50) ** -1.25`` gives 29, 65 and 84 % of that vocabulary. Which token has which rank is drawn: neighbours in memory are not alike.
+    law ``(rank + 50) ** -1.25`` gives 29, 65 and 84 % of that vocabulary. Which token has which rank is drawn, once for a vocabulary:
+    neighbours in memory are not alike, the pieces of a store are.
     """
     ranks = torch.arange(vocabulary, dtype=torch.float64)
     heights = torch.ones_like(ranks) if uniform else (ranks + 50.0) ** -1.25
@@ -136,7 +139,7 @@ def _listed_tokens(
     found = torch.searchsorted(below, draws.double()).clamp(max=vocabulary - 1)
     steps = torch.arange(listed)
     found = ((found - steps).cummax(dim=1).values + steps).clamp(max=vocabulary - 1)
-    return torch.randperm(vocabulary, generator=generator)[found]
+    return torch.randperm(vocabulary, generator=torch.Generator().manual_seed(0))[found]
 
 
 def write_random_store(path: Path, count: int, size: dict[str, Any]) -> None:
@@ -190,14 +193,14 @@ def _from_store(path: Path, repeats: int, generator: torch.Generator) -> list[fl
         {
             "data": {"store": str(path), "eval_fraction": 0.0},
             "objective": {"name": "reward_weighted", "minibatch_tokens": _MINIBATCH},
-            "train": {"learning_rate": 1e-5},
+            "train": {"learning_rate": 1e-5, "max_steps": 10**6},
         }
     )
     store = StateStore.open(path, verify=False)
     data = OfflineData(store, recipe)
     head = store.make_head(recipe.head)
     learner = OfflineLearner(head, recipe.objective, recipe.anchor, recipe.train, 1.0, 10**6)
-    measured, steps = [], _TOKENS // _MINIBATCH
+    measured, steps = [], _STORE_STEPS
     for repeat in range(repeats + 1):
         count, started = 0, time.perf_counter()
         for step in range(repeat * steps + 1, (repeat + 1) * steps + 1):

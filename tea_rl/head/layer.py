@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 AUTO_SHORTLIST_SIZE = 128
 #: States whose reference logits are alive at once while such shortlists are made.
 _SHORTLIST_BLOCK = 64
+#: Share of states among tokens above which every token does its own work.
+_MOSTLY_ALONE = 0.8
 
 
 class TeaHead(CorrectedLogits):
@@ -122,17 +124,22 @@ class TeaHead(CorrectedLogits):
         asked = self.asked_return if returns is None else returns
         # Short answers are mostly tokens of few states.
         states, at = torch.unique(shared_work(batch.state_ids, asked), return_inverse=True)
-        first = torch.empty_like(states).scatter_(0, at, torch.arange(len(at), device=at.device))
-        if asked is not None and asked.dim():
-            asked = asked[first]
-        cached = batch.shortlist
-        shortlist = None if cached is None else Shortlist(*(part[first] for part in cached))
+        read, cached = batch.states, batch.shortlist
+        if len(states) > _MOSTLY_ALONE * len(
+            at
+        ):  # then to look shared work up costs more than to do it again
+            at = None
+        else:
+            first = torch.empty_like(states).scatter_(0, at, torch.arange(len(at), device=at.device))
+            read = read[first]
+            cached = None if cached is None else Shortlist(*(part[first] for part in cached))
+            if asked is not None and asked.dim():
+                asked = asked[first]
+        shortlist = cached
         if self.config.shortlist_size == "auto" and self.training:
-            return self.sampled_terms(
-                batch.states[first], batch.actions, shortlist, temperature, anchor, at, asked
-            )
+            return self.sampled_terms(read, batch.actions, shortlist, temperature, anchor, at, asked)
         if self.full_vocabulary:
-            return self.full_terms(batch.states[first], batch.actions, temperature, anchor, at, asked)
+            return self.full_terms(read, batch.actions, temperature, anchor, at, asked)
         size = None if shortlist is None else shortlist.ids.shape[1]
         if shortlist is None or size != self.shortlist_size:
             raise TeaError(
@@ -140,7 +147,7 @@ class TeaHead(CorrectedLogits):
                 "use the size they were recorded with"
             )
         return self.shortlist_terms(
-            batch.states[first],
+            read,
             shortlist,
             batch.slots,
             batch.within_tail_logps,

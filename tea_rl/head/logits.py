@@ -18,8 +18,8 @@ from tea_rl.head.returns import ReturnModulation, as_return, returns_of_position
 from tea_rl.head.scratch import Scratch
 from tea_rl.w8a8 import W8A8Output
 
-#: Logits of a product from which on it is taken by blocks of this many tokens of the vocabulary.
-_WIDE, _VOCABULARY_BLOCK = 2**20, 16384
+#: Products of half precision are taken by blocks of this many tokens of the vocabulary.
+_VOCABULARY_BLOCK = 8192
 
 
 class CorrectedLogits(nn.Module):
@@ -185,9 +185,8 @@ class CorrectedLogits(nn.Module):
         if self._fast_product is not None:
             return self._fast_product(states, scratch)
         if scratch is None:
-            wide = states.numel() // self.hidden_size * self.vocab_size > _WIDE
             half = self.weight.dtype != torch.float32
-            if wide and half and states.device.type == "cpu" and not torch.is_grad_enabled():
+            if half and states.device.type == "cpu" and not torch.is_grad_enabled():
                 return self._product_by_blocks(states)
             return F.linear(states, self.weight, self.bias).float()
         shape, device = (len(states), self.vocab_size), states.device

@@ -125,13 +125,13 @@ class PackedFeatures(nn.Module):
         if returns is not None and self.modulation is not None:
             gamma, beta = self.modulation(returns)
             scale, shift = scale + gamma, shift + beta
-        folds = scale.shape[1] == 1 and x.shape[1] >= x.shape[2]
+        # More states than units: the affine part of the norm goes into the first product, (x s + t) W = x (s W) + t W.
+        folds = scale.shape[1] == 1 and x.shape[1] >= self.weights[0].shape[2]
         if not folds:
             x = torch.addcmul(shift, x, scale)
         outputs = []
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             if layer == 0 and folds:
-                # Many states: the affine part of the norm goes into the first product, (x s + t) W = x (s W) + t W.
                 bias = bias + shift @ weight
                 weight = scale.transpose(1, 2) * weight
             x = torch.baddbmm(bias, x, weight)

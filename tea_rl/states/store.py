@@ -174,6 +174,11 @@ class StateStore:
         """Number format of the states, the backbone's."""
         return to_torch(self._shard(0)["states"][:0].copy()).dtype
 
+    @property
+    def token_bytes(self) -> int:
+        """What a token takes up in memory, but for a few numbers beside its state and its shortlist."""
+        return self.width * self.dtype.itemsize + self.shortlist_size * (8 + 4)
+
     def token_index(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """Global indices of all tokens of the rows, in their order, int64."""
         rows = np.asarray(rows, np.int64)

@@ -15,6 +15,7 @@ from tea_rl.states.store import StateStore
 from tea_rl.training.batches import ReturnPlan, RowPlan, TokenPlan
 from tea_rl.training.offline_learner import PAIR_OBJECTIVES, ROW_OBJECTIVES, OfflineBatch
 from tea_rl.training.offline_rows import RowTable
+from tea_rl.training.read_ahead import ReadAhead
 from tea_rl.training.token_credit import token_credit
 
 #: One row of the anchor's text in so many is held out, to measure how far the policy moved where it should not.
@@ -44,7 +45,6 @@ class OfflineData:
 
     def __init__(self, store: StateStore, recipe: Recipe, anchor: StateStore | None = None) -> None:
         self.store, self.recipe = store, recipe
-        self.anchor = None if anchor is None else AnchorText(anchor, recipe)
         objective = recipe.objective
         self.table = RowTable.of_store(store)
         candidates, self.eval_rows = self.table.split(recipe.data)
@@ -63,6 +63,8 @@ class OfflineData:
         else:
             self._plan = TokenPlan(store.offsets, self.train_rows, *plan_arguments)
         self.steps_per_epoch, self.num_tokens = self._plan.steps_per_epoch, self._plan.num_tokens
+        self._read = ReadAhead(store, self._token_index, self.total_steps)
+        self.anchor = None if anchor is None else AnchorText(anchor, recipe, self.total_steps)
         self._returns = ReturnPlan(self.table.rewards, recipe.train.return_dropout, recipe.train.seed)
 
     def fit_returns(self, head: TeaHead) -> None:
@@ -95,24 +97,26 @@ class OfflineData:
         epochs = self.recipe.train.num_train_epochs
         return self.recipe.train.max_steps if epochs is None else max(1, round(epochs * self.steps_per_epoch))
 
+    def _token_index(self, step: int) -> np.ndarray:
+        """Tokens of a step (from 1)."""
+        found = self._plan(step)
+        return self.store.token_index(found) if isinstance(self._plan, RowPlan) else found
+
     def batch(self, step: int, generator: torch.Generator) -> OfflineBatch:
         """The minibatch of a step (from 1); ``generator`` draws token dropout and state noise."""
         train = self.recipe.train
+        tokens = self._read(step)
         if isinstance(self._plan, RowPlan):
             rows = self._plan(step)
-            index = self.store.token_index(rows)
-            at = torch.from_numpy(np.repeat(np.arange(len(rows)), self.store.lengths[rows]))
+            tokens.rows = torch.from_numpy(np.repeat(np.arange(len(rows)), self.store.lengths[rows]))
         else:
-            index = self._plan(step)
-            numbers = np.searchsorted(self.store.offsets, index, side="right") - 1
-            rows, places = np.unique(numbers, return_inverse=True)
-            at = torch.from_numpy(places)
+            rows, places = np.unique(tokens.rows.numpy(), return_inverse=True)
+            tokens.rows = torch.from_numpy(places)
         if train.token_dropout > 0:
-            kept = torch.rand(len(index), generator=generator) >= train.token_dropout
+            kept = torch.rand(len(tokens), generator=generator) >= train.token_dropout
             if kept.any():
-                index, at = index[kept.numpy()], at[kept]
-        tokens = self.store.tokens(index=index)
-        tokens.rows = at
+                tokens = tokens.select(kept)
+        at, index = tokens.rows, tokens.state_ids
         tokens.states = add_noise(tokens.states, train.state_noise, generator)
         token_signal = None if self.token_signal is None else self.token_signal[index]
         num_anchor = 0
@@ -152,23 +156,20 @@ class AnchorText:
     Args:
         store: its states.
         recipe: gives the seed and the size of a minibatch.
+        last_step: of the run.
 
     Attributes:
         eval_rows: row numbers of the held-out part, one in `HELD_OUT_EVERY`.
+        tokens: those of a step (from 1).
     """
 
-    def __init__(self, store: StateStore, recipe: Recipe) -> None:
+    def __init__(self, store: StateStore, recipe: Recipe, last_step: int) -> None:
         self.store = store
         rows = np.arange(len(store))
         held_out = rows % HELD_OUT_EVERY == 1
         self.eval_rows = rows[held_out]
-        self._plan = TokenPlan(
-            store.offsets, rows[~held_out], recipe.anchor.minibatch_tokens, recipe.train.seed
-        )
-
-    def tokens(self, step: int) -> TokenBatch:
-        """Those of a step (from 1)."""
-        return self.store.tokens(index=self._plan(step))
+        plan = TokenPlan(store.offsets, rows[~held_out], recipe.anchor.minibatch_tokens, recipe.train.seed)
+        self.tokens = ReadAhead(store, plan, last_step)
 
 
 def add_noise(states: torch.Tensor, share: float, generator: torch.Generator) -> torch.Tensor:

@@ -32,8 +32,8 @@ class Ridge:
     of rows it would say ``y_g - (I - H_gg)^-1 (y - H y)_g`` of them: the leave-one-out formula of linear regression, for blocks.
 
     Args:
-        features: ``X``, ``(N, F)`` float64.
-        targets: ``y``, ``(N,)`` float64.
+        features: ``X``, ``(N, F)``, float32 or float64, which all is worked out in.
+        targets: ``y``, ``(N,)``.
     """
 
     def __init__(self, features: Tensor, targets: Tensor) -> None:
@@ -60,13 +60,14 @@ class Ridge:
         Shape:
             folds ``(N,)``; penalties ``(P,)``, positive; returns ``(N, P)``.
         """
-        said = self._targets.new_empty(len(self._targets), len(penalties))
-        for column, penalty in enumerate(penalties.tolist()):
-            shrunk = self._scores / (self._values + penalty + _TINY)
-            residuals = self._targets - shrunk @ self._moment
-            for number in folds.unique():
-                own = folds == number
-                rest = -shrunk[own] @ self._scores[own].T
-                rest.diagonal().add_(1.0)
-                said[own, column] = self._targets[own] - torch.linalg.solve(rest, residuals[own])
+        shrink = 1.0 / (self._values.unsqueeze(1) + penalties + _TINY)
+        residuals = self._targets.unsqueeze(1) - self._scores @ (self._moment.unsqueeze(1) * shrink)
+        said = torch.empty_like(residuals)
+        for number in folds.unique():
+            own = folds == number
+            scores = self._scores[own]
+            rest = -(scores * shrink.T.unsqueeze(1)) @ scores.T
+            rest.diagonal(dim1=1, dim2=2).add_(1.0)
+            errors = torch.linalg.solve(rest, residuals[own].T.unsqueeze(2)).squeeze(2).T
+            said[own] = self._targets[own].unsqueeze(1) - errors
         return said

@@ -115,19 +115,19 @@ class TokenValue:
 
     def _fit(self) -> Tensor:
         """The direction ``u`` at the penalty that errs least on groups left out, ``(D,)``; sets `correlation`."""
-        features, rewards = self._kept["features"].double(), self._kept["rewards"].double()
+        features, rewards = self._kept["features"], self._kept["rewards"]
         fold = self._kept["groups"] % NUM_FOLDS
         self.correlation = 0.0
         if len(fold.unique()) < 2 or not bool(rewards.any()):
             return torch.zeros(features.shape[1])
         mean_square = features.square().sum() / len(features)
-        penalties = (torch.tensor(PENALTIES, dtype=torch.float64) * mean_square).clamp(min=1e-6)
+        penalties = (torch.tensor(PENALTIES) * mean_square).clamp(min=1e-6)
         fit = Ridge(features, rewards)
         said = fit.left_out(fold, penalties)
         best = int((said - rewards.unsqueeze(1)).square().sum(dim=0).argmin())
         both = torch.corrcoef(torch.stack([said[:, best], rewards]))[0, 1]
         self.correlation = max(0.0, float(both.nan_to_num()))
-        return fit.weights(float(penalties[best])).float()
+        return fit.weights(float(penalties[best]))
 
     def save(self, folder: Path) -> None:
         """Write what it learns from into a checkpoint's folder."""

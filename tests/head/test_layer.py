@@ -322,7 +322,6 @@ def test_wide_logits_in_half_precision_are_those_of_one_product(bias, monkeypatc
     states = torch.randn(2, 3, HIDDEN, generator=torch.Generator().manual_seed(0)).bfloat16()
     head = TeaHead(reference).eval()
     wanted = reference(states).float()
-    monkeypatch.setattr("tea_rl.head.logits._WIDE", 100)
     monkeypatch.setattr("tea_rl.head.logits._VOCABULARY_BLOCK", 64)
     with torch.no_grad():
         found = head(states)

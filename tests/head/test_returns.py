@@ -303,3 +303,23 @@ def test_what_makes_no_sense_is_refused_in_one_line():
             head.fit_returns(returns)
     head.fit_returns(torch.full((5,), 2.0))  # all alike: still a scale to measure by
     assert torch.isfinite(head(states, torch.ones(4))).all()
+
+
+@pytest.mark.parametrize("returns", [None, torch.tensor([1.0, 1.0, 0.5, torch.nan, torch.nan, 0.5])])
+@pytest.mark.parametrize("config", [{"shortlist_size": 12}, {"shortlist_size": "all"}], ids=str)
+def test_work_shared_by_equal_states_or_done_by_each_token_is_the_same(config, returns, monkeypatch):
+    head = conditioned(**config)
+    at = torch.tensor([0, 1, 1, 0, 2, 1])
+    states = torch.randn(3, head.hidden_size, generator=torch.Generator().manual_seed(1))[at]
+    batch = batch_of(head, states, torch.tensor([3, 9, 17, 3, 40, 22]), at + 5)
+    found = []
+    for share in (0.0, 1.0):  # never shared; shared wherever two are equal
+        monkeypatch.setattr("tea_rl.head.layer._MOSTLY_ALONE", share)
+        head.zero_grad(set_to_none=True)
+        terms = head.terms(batch, returns=returns)
+        (terms.logps.sum() + terms.kl.square().sum()).backward()
+        gradients = [part.grad.flatten() for part in head.trainable_parameters() if part.grad is not None]
+        found.append((torch.stack(terms[:4]).detach(), torch.cat(gradients)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert found[0][1].abs().sum() > 0
