@@ -284,7 +284,10 @@ class ObjectiveConfig(Group):
         0.0,
         ge=0.0,
         description="Weight of the policy gradient over all tokens of the shortlist at once, with values of tokens that are fitted "
-        "to the rewards of the latest completions; falls to 0 over the run; 0 = off. For prompts, with a shortlist.",
+        "to the rewards of the latest completions; falls to 0 over expected_gradient_steps; 0 = off. For prompts, with a shortlist.",
+    )
+    expected_gradient_steps: int | None = Field(
+        None, ge=1, description="Steps over which expected_gradient falls to 0; null = all of the run."
     )
     replay_steps: int = Field(
         0,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 AUTO_SHORTLIST_SIZE = 128
 #: States whose reference logits are alive at once while such shortlists are made.
 _SHORTLIST_BLOCK = 64
-#: Share of states among tokens above which every token does its own work.
+#: Share of different states among tokens above which every token does its own work on a shortlist.
 _MOSTLY_ALONE = 0.8
 
 
@@ -124,18 +124,15 @@ class TeaHead(CorrectedLogits):
         asked = self.asked_return if returns is None else returns
         # Short answers are mostly tokens of few states.
         states, at = torch.unique(shared_work(batch.state_ids, asked), return_inverse=True)
-        read, cached = batch.states, batch.shortlist
-        if len(states) > _MOSTLY_ALONE * len(
-            at
-        ):  # then to look shared work up costs more than to do it again
-            at = None
+        read, shortlist = batch.states, batch.shortlist
+        if not self.full_vocabulary and len(states) > _MOSTLY_ALONE * len(at):
+            at = None  # to look shared work up would cost more than to do it again
         else:
             first = torch.empty_like(states).scatter_(0, at, torch.arange(len(at), device=at.device))
             read = read[first]
-            cached = None if cached is None else Shortlist(*(part[first] for part in cached))
+            shortlist = None if shortlist is None else Shortlist(*(part[first] for part in shortlist))
             if asked is not None and asked.dim():
                 asked = asked[first]
-        shortlist = cached
         if self.config.shortlist_size == "auto" and self.training:
             return self.sampled_terms(read, batch.actions, shortlist, temperature, anchor, at, asked)
         if self.full_vocabulary:

@@ -98,7 +98,8 @@ def check_same_recipe(path: Path, recipe: Recipe) -> None:
     free = set(_FREE_ON_RESUME)
     # Learning rates and expected gradients that fall would fall otherwise over another number of steps, and the last step
     # generates nothing ahead.
-    looks_ahead = recipe.objective.expected_gradient > 0 or recipe.rollout.reward_workers > 0
+    falls = recipe.objective.expected_gradient > 0 and recipe.objective.expected_gradient_steps is None
+    looks_ahead = falls or recipe.rollout.reward_workers > 0
     if recipe.train.lr_scheduler_type.startswith("constant") and not looks_ahead:
         free.add(("train", "max_steps"))
     if recipe.train.metric_for_best_model is not None:

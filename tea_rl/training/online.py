@@ -170,7 +170,7 @@ class OnlineTrainer(GeneratingLoop):
             "inner_epochs": report.inner_epochs,
             "skipped_steps": report.skipped_steps,
             "disagreement": self._disagreement(generated),
-            **({} if self.token_value is None else {"value_correlation": self.token_value.correlation}),
+            **self._value_figures(step),
             "completion_length": generated.lengths.float().mean().item(),
             "finished": generated.finished.float().mean().item(),
             **({} if self.workers is None else {"unscored": unscored}),
@@ -256,6 +256,12 @@ class OnlineTrainer(GeneratingLoop):
             missing -= found[-1].groups
         return found
 
+    def _value_figures(self, step: int) -> dict[str, float]:
+        """How well the critic of tokens is doing, as long as it is listened to."""
+        if self.token_value is None or not self._value_share(step):
+            return {}
+        return {"value_correlation": self.token_value.correlation}
+
     def _sampling_figures(self, credited: Sequence[Credited]) -> dict[str, float]:
         """How many prompts were asked, and how many taught something, for each that a step has."""
         if not self.recipe.rollout.dynamic_sampling:
@@ -268,10 +274,15 @@ class OnlineTrainer(GeneratingLoop):
 
     def _token_values(self, step: int, generated: Rollout, rewards: torch.Tensor) -> torch.Tensor | None:
         """What tokens are worth, with ``objective.expected_gradient``; less with every step: sampled credit has the last word."""
-        if self.token_value is None:
+        share = self._value_share(step)
+        if self.token_value is None or share == 0.0:
             return None
-        values = self.token_value.learn(step, generated.tokens, rewards, generated.prompt_index)
-        return values * (1.0 - (step - 1) / self.total_steps)
+        return share * self.token_value.learn(step, generated.tokens, rewards, generated.prompt_index)
+
+    def _value_share(self, step: int) -> float:
+        """How much of ``objective.expected_gradient`` is left in a step."""
+        steps = self.recipe.objective.expected_gradient_steps or self.total_steps
+        return max(0.0, 1.0 - (step - 1) / steps)
 
     def _write_state(self, folder: Path) -> dict[str, Any]:
         if self.token_value is not None:

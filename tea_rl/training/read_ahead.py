@@ -42,12 +42,13 @@ class ReadAhead:
 
     def _read(self, step: int) -> None:
         """Read what a step and as many of the next ones need as there is room for."""
-        self._tokens = None
-        self._indices = {step: self._index_of_step(step)}
-        room = READ_AHEAD_BYTES // self._store.token_bytes - len(self._indices[step])
+        self._indices, self._tokens = {}, None  # their memory serves the next ones
+        indices = {step: self._index_of_step(step)}
+        room = READ_AHEAD_BYTES // self._store.token_bytes - len(indices[step])
         while step < self._last_step and room > 0:
             step += 1
-            self._indices[step] = self._index_of_step(step)
-            room -= len(self._indices[step])
-        self._held = np.unique(np.concatenate(list(self._indices.values())))
+            indices[step] = self._index_of_step(step)
+            room -= len(indices[step])
+        self._held = np.unique(np.concatenate(list(indices.values())))
         self._tokens = self._store.tokens(index=self._held)
+        self._indices = indices

@@ -306,9 +306,8 @@ def test_what_makes_no_sense_is_refused_in_one_line():
 
 
 @pytest.mark.parametrize("returns", [None, torch.tensor([1.0, 1.0, 0.5, torch.nan, torch.nan, 0.5])])
-@pytest.mark.parametrize("config", [{"shortlist_size": 12}, {"shortlist_size": "all"}], ids=str)
-def test_work_shared_by_equal_states_or_done_by_each_token_is_the_same(config, returns, monkeypatch):
-    head = conditioned(**config)
+def test_work_shared_by_equal_states_or_done_by_each_token_is_the_same(returns, monkeypatch):
+    head = conditioned(shortlist_size=12)
     at = torch.tensor([0, 1, 1, 0, 2, 1])
     states = torch.randn(3, head.hidden_size, generator=torch.Generator().manual_seed(1))[at]
     batch = batch_of(head, states, torch.tensor([3, 9, 17, 3, 40, 22]), at + 5)

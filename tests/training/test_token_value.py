@@ -176,6 +176,28 @@ def test_the_length_of_a_run_belongs_to_it(tmp_path):
     assert longer.step == 3
 
 
+def test_sampled_credit_alone_has_the_last_word(tmp_path):
+    path, steps = recipe(tmp_path), "objective.expected_gradient_steps=2"
+    short = train(load_recipe(path, [steps, "train.max_steps=3"]), tmp_path / "run")
+    rows = [json.loads(line) for line in (short.path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "value_correlation" in row] == [1, 2]
+    # How it falls does not depend on where the run ends: the run may be continued, and is the one of that length.
+    train(load_recipe(path, [steps, "train.max_steps=4"]), tmp_path / "run", resume=True)
+    train(load_recipe(path, [steps, "train.max_steps=4"]), tmp_path / "whole")
+    heads = [(tmp_path / name / "head" / "tea_head.safetensors").read_bytes() for name in ("run", "whole")]
+    assert heads[0] == heads[1]
+
+
+@pytest.mark.parametrize(("steps", "same"), [(4, True), (8, False)])
+def test_it_falls_over_all_steps_unless_told_otherwise(steps, same, tmp_path):
+    path = recipe(tmp_path)
+    told = [f"objective.expected_gradient_steps={steps}"]
+    for name, more in (("default", []), ("told", told)):
+        train(load_recipe(path, ["train.max_steps=4", *more]), tmp_path / name)
+    heads = [(tmp_path / name / "head" / "tea_head.safetensors").read_bytes() for name in ("default", "told")]
+    assert (heads[0] == heads[1]) is same
+
+
 def test_a_policy_that_says_one_thing_is_left_alone():
     critic = TokenValue(vocabulary())
     tokens, groups, good = rollout(1)
