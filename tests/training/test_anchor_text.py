@@ -93,9 +93,7 @@ def test_held_out_text_is_never_trained_on(recipe, tmp_path):
     settings = recipe(minibatch_tokens=10)
     store = embed(settings, tmp_path / "store")
     anchor = OfflineData(store, settings, StateStore.open(store.path / ANCHOR_NAME)).anchor
-    rows = {
-        row for step in range(1, 200) for row in anchor.store.tokens(index=anchor._plan(step)).rows.tolist()
-    }
+    rows = {row for step in range(1, 200) for row in anchor.tokens(step).rows.tolist()}
     assert len(anchor.eval_rows) == 24 // HELD_OUT_EVERY
     assert rows == set(range(24)) - set(anchor.eval_rows.tolist())
 
