@@ -200,10 +200,10 @@ def _from_store(path: Path, repeats: int, generator: torch.Generator) -> list[fl
     data = OfflineData(store, recipe)
     head = store.make_head(recipe.head)
     learner = OfflineLearner(head, recipe.objective, recipe.anchor, recipe.train, 1.0, 10**6)
-    measured, steps = [], _STORE_STEPS
+    measured = []
     for repeat in range(repeats + 1):
         count, started = 0, time.perf_counter()
-        for step in range(repeat * steps + 1, (repeat + 1) * steps + 1):
+        for step in range(repeat * _STORE_STEPS + 1, (repeat + 1) * _STORE_STEPS + 1):
             batch = data.batch(step, generator)
             learner.update(batch)
             count += len(batch)
