@@ -35,6 +35,7 @@ def step_seconds(folder: Path, workers: int, steps: int, seconds: float) -> floa
     overrides = [
         f"rewards=[{{name: '{folder}/slow.py:slow'}}]",
         "data.eval_fraction=0",
+        "rollout.early_steps=0",
         "train.save_steps=1000",
     ]
     overrides += [f"train.max_steps={steps}", f"rollout.reward_workers={workers}"]

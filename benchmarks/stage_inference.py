@@ -38,7 +38,7 @@ def run(setting: Setting) -> Iterator[Figure]:
 
         runs = {OURS: lambda: generate(True), "plain": lambda: generate(False)}
         warm_ups = {OURS: lambda: generate(True, 2), "plain": lambda: generate(False, 2)}
-        values = alternate(runs, setting.pick(1, 5 if count == 1 else 2), warm_ups)
+        values = alternate(runs, setting.pick(1, 15 if count == 1 else 2), warm_ups)
         sizes, lengths = [len(ids) for ids in prompts], torch.full((count,), tokens)
         model = ModelWork(backbone)
         work = [

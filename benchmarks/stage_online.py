@@ -81,6 +81,7 @@ class Ours(Listener):
             **{f"model.{name}": value for name, value in options.items()},
             "data.prompts": texts[: sizes["prompts_per_step"]],
             "data.eval_fraction": 0.0,
+            "rollout.early_steps": 0,  # all completions are of the same length, as the other side's are
             **{f"rollout.{name}": value for name, value in sizes.items()},
         }
         recipe = load_recipe("quickstart", [f"{name}={json.dumps(value)}" for name, value in changes.items()])

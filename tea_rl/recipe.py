@@ -167,6 +167,7 @@ class Recipe(Group):
                 "got 0; raise it, or delete reward_timeout."
             )
         for group, name in (
+            ("rollout", "early_steps"),
             ("rollout", "reward_workers"),
             ("rollout", "dynamic_sampling"),
             ("objective", "replay_steps"),

@@ -206,6 +206,15 @@ class RolloutConfig(Group):
     prompts_per_step: int = Field(8, ge=1, description="Distinct prompts in a step.")
     num_generations: int = Field(8, ge=1, description="Completions of each prompt; they form a group.")
     max_completion_length: int = Field(32, ge=1, description="Most new tokens of a completion.")
+    early_steps: int = Field(
+        0,
+        ge=0,
+        description="Steps of training, the first ones, whose completions end after early_completion_length tokens: they take less "
+        "time, and a reward says more of fewer tokens. Evaluations always go the whole length. 0 = none. For prompts.",
+    )
+    early_completion_length: int = Field(
+        16, ge=1, description="Most new tokens of a completion in these steps, where that is fewer."
+    )
     temperature: float = Field(
         1.0, gt=0.0, description="Divides the logits; the policy is defined at this temperature."
     )

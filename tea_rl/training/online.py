@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -232,11 +233,20 @@ class OnlineTrainer(GeneratingLoop):
             self.backbone,
             self.head,
             self.training_prompts.take(chosen).token_ids,
-            decode_settings(self.recipe, self.recipe.rollout.num_generations),
+            self._settings(step),
             seed=seed,
             clock=self.clock,
         )
         return Drawn(step, chosen, generated, time.perf_counter() - started)
+
+    def _settings(self, step: int) -> DecodeSettings:
+        """How a step's completions are sampled; the first ones may be shorter (lengthening in stages, as in DeepScaleR)."""
+        rollout = self.recipe.rollout
+        settings = decode_settings(self.recipe, rollout.num_generations)
+        if step > rollout.early_steps:
+            return settings
+        shortest = min(rollout.early_completion_length, rollout.max_completion_length)
+        return replace(settings, max_new_tokens=shortest)
 
     def _credit(self, drawn: Drawn, rewards: RewardBatch) -> Credited:
         only_unequal = self.recipe.rollout.dynamic_sampling > 0

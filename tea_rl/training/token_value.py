@@ -1,16 +1,21 @@
 """What single tokens are worth, learnt from whole completions: ``objective.expected_gradient``.
 
 A sampled token's advantage says nothing about the tokens that were not sampled, and says it with the noise of all the others
-around it. Here a linear critic of token embeddings is fitted to the rewards,
+around it. Here a linear critic is fitted to the rewards of whole completions, from their tokens and from their states at once:
 
-    R(completion) - mean of its group = sum over its tokens of q(a),    q(a) = u . (e_a - mean e) / |e_a - mean e|
+    R(completion) - mean of its group = x . u + h . v,    x = sum over its tokens of f(a) w_a,    h = mean of its hidden states
 
-with ``e_a`` the token's row of the original output layer, so that what is learnt of one word holds for words like it. The
-policy then follows the gradient of ``E_{a ~ pi}[q(a)]`` over *all* tokens of the shortlist at once, which has no sampling noise
-at all: expected policy gradients (Ciosek & Whiteson 2018, eq. 7; Allen et al. 2017, Mean Actor-Critic, eq. 4).
+with ``w_a`` the token's row of the original output layer, centred and of length 1, and ``f(a)`` smaller for frequent tokens, which
+say little. What is learnt of one word so holds for words like it. States live in the space that the rows read: a direction
+along which completions of high reward lie makes their words likelier, so both parts judge a token,
 
-``u`` is ridge regression on the completions of the last `_KEPT_STEPS` steps. What it explains of groups it has not seen
-decides how loudly it speaks: values are scaled by that correlation, and where single tokens explain nothing they are zero.
+    q(a) = w_a . (u + 2 v)
+
+The policy then follows the gradient of ``E_{a ~ pi}[q(a)]`` over *all* tokens of the shortlist at once, which has no sampling
+noise at all: expected policy gradients (Ciosek & Whiteson 2018, eq. 7; Allen et al. 2017, Mean Actor-Critic, eq. 4).
+
+``u`` and ``v`` are ridge regression on the completions of the last `_KEPT_STEPS` steps. What they explain of groups they have not
+seen decides how loudly the critic speaks: values are scaled by that correlation, and where it can tell nothing they are zero.
 """
 
 from __future__ import annotations
@@ -21,13 +26,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tea_rl.errors import TeaError
 from tea_rl.rollout.trajectory import TokenBatch
 from tea_rl.training.ridge import Ridge
 
 NUM_FOLDS = 5
 #: Ridge penalties, as a share of the features' mean squared length.
 PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-_KEPT_STEPS = 20
+_KEPT_STEPS = 12
+#: How much more a token is judged by ``v`` than the regression does. (Measured, as is all of this: see benchmarks/LOG.md.)
+_STATE_GAIN = 2.0
+#: Tokens of a larger share of all count less, by this power.
+_FREQUENT, _FREQUENT_POWER = 1e-3, 0.3
 _FILE_NAME = "token_value.safetensors"
 #: Rows of the vocabulary, or tokens, in float32 at once.
 _BLOCK = 2048
@@ -53,8 +63,10 @@ class TokenValue:
             [(block.float() - self._mean).norm(dim=1) for block in self._weight.split(_BLOCK)]
         ).clamp(min=1e-6)
         width = weight.shape[1]
+        self._counts = torch.zeros(len(weight), device=weight.device)
         self._kept = {
-            "features": torch.zeros(0, width),
+            "tokens": torch.zeros(0, width),
+            "states": torch.zeros(0, width),
             "rewards": torch.zeros(0),
             "groups": torch.zeros(0, dtype=torch.long),
             "steps": torch.zeros(0, dtype=torch.long),
@@ -67,7 +79,7 @@ class TokenValue:
 
         Args:
             step: number of the training step; each is noted once.
-            tokens: of the rollout.
+            tokens: of the rollout, with their states.
             rewards: of its completions, ``(R,)``; NaN where unknown.
             groups: the prompt of each completion, ``(R,)``.
 
@@ -94,32 +106,51 @@ class TokenValue:
 
     def _note(self, step: int, tokens: TokenBatch, rewards: Tensor, groups: Tensor) -> None:
         """Add a rollout, centred within its groups, and drop what is too old."""
-        features = torch.zeros(len(rewards), len(self._mean), device=self._mean.device)
-        for rows, actions in zip(tokens.rows.split(_BLOCK), tokens.actions.split(_BLOCK), strict=True):
-            unit = (self._weight[actions].float() - self._mean) / self._norms[actions].unsqueeze(1)
-            features.index_add_(0, rows, unit)
         known = ~rewards.isnan()
-        features, rewards, groups = features.cpu()[known], rewards[known], groups[known]
+        rewards, groups = rewards[known], groups[known]
+        read, states = (part.cpu()[known] for part in self._features(tokens, len(known)))
         names, at, sizes = torch.unique(groups, return_inverse=True, return_counts=True)
-        means = torch.zeros(len(names), features.shape[1]).index_add_(0, at, features) / sizes.unsqueeze(1)
-        reward_means = torch.zeros(len(names)).index_add_(0, at, rewards) / sizes
+
+        def centred(x: Tensor) -> Tensor:
+            means = torch.zeros(len(names), *x.shape[1:]).index_add_(0, at, x)
+            return x - (means / sizes.view(-1, *[1] * (x.dim() - 1)))[at]
+
         first = int(self._kept["groups"].max()) + 1 if len(self._kept["groups"]) else 0
         new = {
-            "features": features - means[at],
-            "rewards": rewards - reward_means[at],
+            "tokens": centred(read),
+            "states": centred(states),
+            "rewards": centred(rewards),
             "groups": at + first,
             "steps": torch.full_like(at, step),
         }
         recent = self._kept["steps"] > step - _KEPT_STEPS
         self._kept = {name: torch.cat([kept[recent], new[name]]) for name, kept in self._kept.items()}
 
+    def _features(self, tokens: TokenBatch, count: int) -> tuple[Tensor, Tensor]:
+        """``x`` and ``h`` of completions, ``(count, D)`` each."""
+        device, width = self._mean.device, len(self._mean)
+        self._counts.index_add_(0, tokens.actions, torch.ones(len(tokens.actions), device=device))
+        read, states = torch.zeros(count, width, device=device), torch.zeros(count, width, device=device)
+        share = self._counts / self._counts.sum()
+        for start in range(0, len(tokens), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            rows, actions = tokens.rows[block], tokens.actions[block]
+            rare = (_FREQUENT / (_FREQUENT + share[actions])) ** _FREQUENT_POWER
+            unit = (self._weight[actions].float() - self._mean) * (rare / self._norms[actions]).unsqueeze(1)
+            read.index_add_(0, rows, unit)
+            states.index_add_(0, rows, tokens.states[block, :width].float())
+        lengths = torch.bincount(tokens.rows, minlength=count).clamp(min=1)
+        return read, states / lengths.unsqueeze(1)
+
     def _fit(self) -> Tensor:
-        """The direction ``u`` at the penalty that errs least on groups left out, ``(D,)``; sets `correlation`."""
-        features, rewards = self._kept["features"], self._kept["rewards"]
+        """The direction ``u + 2 v`` at the penalty that errs least on groups left out, ``(D,)``; sets `correlation`."""
+        parts, rewards = (self._kept["tokens"], self._kept["states"]), self._kept["rewards"]
         fold = self._kept["groups"] % NUM_FOLDS
         self.correlation = 0.0
         if len(fold.unique()) < 2 or not bool(rewards.any()):
-            return torch.zeros(features.shape[1])
+            return torch.zeros(parts[0].shape[1])
+        # Both parts as long as each other, on the average.
+        features = torch.cat([part / part.norm(dim=1).mean().clamp(min=1e-6) for part in parts], dim=1)
         mean_square = features.square().sum() / len(features)
         penalties = (torch.tensor(PENALTIES) * mean_square).clamp(min=1e-6)
         fit = Ridge(features, rewards)
@@ -127,12 +158,23 @@ class TokenValue:
         best = int((said - rewards.unsqueeze(1)).square().sum(dim=0).argmin())
         both = torch.corrcoef(torch.stack([said[:, best], rewards]))[0, 1]
         self.correlation = max(0.0, float(both.nan_to_num()))
-        return fit.weights(float(penalties[best]))
+        u, v = fit.weights(float(penalties[best])).chunk(2)
+        return u + _STATE_GAIN * v
 
     def save(self, folder: Path) -> None:
         """Write what it learns from into a checkpoint's folder."""
-        save_file({name: value.contiguous() for name, value in self._kept.items()}, folder / _FILE_NAME)
+        kept = {**self._kept, "counts": self._counts}
+        save_file({name: value.contiguous() for name, value in kept.items()}, folder / _FILE_NAME)
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote."""
+        """Restore what `save` wrote.
+
+        Raises:
+            TeaError: if an earlier version wrote it, which learnt from tokens alone.
+        """
         self._kept = load_file(folder / _FILE_NAME)
+        if "counts" not in self._kept:
+            raise TeaError(
+                f"{folder} holds values of tokens the way an earlier version learnt them; start a new run in another folder"
+            )
+        self._counts = self._kept.pop("counts").to(self._mean.device)

@@ -175,3 +175,45 @@ def test_other_prompts_are_other_prompts():
     assert found == other_prompts(3, 5, 1, 10, {1, 2, 3}, 4) != other_prompts(3, 5, 2, 10, {1, 2, 3}, 4)
     assert len(other_prompts(3, 5, 1, 10, {1, 2, 3}, 40)) == 7
     assert other_prompts(3, 5, 1, 10, set(), 0) == other_prompts(3, 5, 1, 3, {0, 1, 2}, 4) == []
+
+
+EARLY = ["rollout.early_steps=2", "rollout.early_completion_length=3"]
+
+
+def test_early_completions_are_short_and_evaluations_are_not(recipe_file):
+    result = train(
+        load_recipe(str(recipe_file), [*EARLY, "data.eval_fraction=0.2", "train.eval_steps=1"]),
+        recipe_file.parent / "run",
+    )
+    lengths = [row["completion_length"] for row in steps(result.path)]
+    assert max(lengths[:2]) <= 3 < min(lengths[2:])
+    rows = [json.loads(line) for line in (result.path / "metrics.jsonl").read_text().splitlines()]
+    assert min(row["eval_completion_length"] for row in rows if "eval_completion_length" in row) > 3
+
+
+@pytest.mark.parametrize("more", [[], ["rollout.reward_workers=1"]])
+def test_a_run_stopped_where_completions_lengthen_goes_on_as_if_it_had_not(recipe_file, more):
+    path, folder = str(recipe_file), recipe_file.parent
+    changes = ["train.max_steps=4", *EARLY, *more]
+    train(load_recipe(path, changes), folder / "whole")
+    asked = iter([False, True])
+    train(load_recipe(path, changes), folder / "cut", should_stop=lambda: next(asked))
+    train(load_recipe(path, changes), folder / "cut", resume=True)
+    whole, cut = ((folder / name / "head" / "tea_head.safetensors").read_bytes() for name in ("whole", "cut"))
+    assert whole == cut
+
+
+def test_early_completions_are_never_longer_than_the_others(recipe_file):
+    path, more = str(recipe_file), ["rollout.early_steps=2", "train.max_steps=2"]
+    for name, changes in (("early", [*more, "rollout.early_completion_length=9"]), ("plain", more[1:])):
+        train(load_recipe(path, changes), recipe_file.parent / name)
+    early, plain = (
+        (recipe_file.parent / name / "head" / "tea_head.safetensors").read_bytes()
+        for name in ("early", "plain")
+    )
+    assert early == plain
+
+
+def test_early_completions_are_those_of_prompts():
+    with pytest.raises(TeaError, match="rollout.early_steps is for completions of prompts"):
+        load_recipe("guess-number", [EARLY[0]])

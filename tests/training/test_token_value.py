@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from tiny import save_tiny, tiny_backbone
 
 from tea_rl import load_recipe, train
@@ -38,7 +39,8 @@ def rollout(step, groups=8, each=8):
     actions += actions >= GOOD
     rows = torch.arange(count).repeat_interleave(LENGTH)
     empty = torch.zeros(len(actions))
-    tokens = TokenBatch(empty, None, actions, *(empty,) * 7, rows=rows, positions=empty)
+    states = torch.randn(len(actions), WIDTH, generator=draw)
+    tokens = TokenBatch(states, None, actions, *(empty,) * 7, rows=rows, positions=empty)
     good = torch.zeros(count).index_add_(0, rows, (actions < GOOD).float())
     return tokens, torch.arange(count) // each, good
 
@@ -55,6 +57,23 @@ def test_good_tokens_are_found_and_those_like_them():
     assert values[GOOD] > values[GOOD + 1 :].median() + 1.0
     assert values[tokens.actions].mean().abs() < 1e-5
     assert values[tokens.actions].std(correction=0).item() == pytest.approx(critic.correlation, rel=1e-4)
+
+
+def test_where_completions_lie_tells_what_tokens_are_worth():
+    """Tokens that say nothing of the reward, in states that do: a token is worth what lies in its direction."""
+    critic = TokenValue(vocabulary())
+    weight = vocabulary() - vocabulary().mean(dim=0)
+    direction = torch.randn(WIDTH, generator=torch.Generator().manual_seed(2))
+    for step in (1, 2, 3):
+        tokens, groups, good = rollout(step)
+        rewards = torch.randn(len(good), generator=torch.Generator().manual_seed(step))
+        tokens.states += 0.5 * rewards[tokens.rows].unsqueeze(1) * direction
+        # Wide states: what else the head reads is none of its business.
+        tokens.states = torch.cat([tokens.states, 100 * tokens.states], dim=1)
+        values = critic.learn(step, tokens, rewards, groups)
+    expected = torch.nn.functional.cosine_similarity(weight, direction.unsqueeze(0))
+    assert critic.correlation > 0.8
+    assert torch.corrcoef(torch.stack([values, expected]))[0, 1] > 0.7
 
 
 def test_what_cannot_be_told_is_worth_nothing():
@@ -84,11 +103,19 @@ def test_what_is_kept_is_bounded_and_comes_back(tmp_path):
     for step in range(1, 24):
         tokens, groups, good = rollout(step)
         critic.learn(step, tokens, good, groups)
-    assert len(critic._kept["rewards"]) == 20 * len(good)
+    assert len(critic._kept["rewards"]) == 12 * len(good)
     critic.save(tmp_path)
     again.load(tmp_path)
     tokens, groups, good = rollout(24)
     assert torch.equal(critic.learn(24, tokens, good, groups), again.learn(24, tokens, good, groups))
+
+
+def test_what_an_earlier_version_kept_is_refused_in_one_line(tmp_path):
+    save_file(
+        {"features": torch.zeros(1, WIDTH), "rewards": torch.zeros(1)}, tmp_path / "token_value.safetensors"
+    )
+    with pytest.raises(TeaError, match="an earlier version learnt them; start a new run"):
+        TokenValue(vocabulary()).load(tmp_path)
 
 
 @pytest.fixture(scope="module")
