@@ -110,16 +110,15 @@ class TokenValue:
         rewards, groups = rewards[known], groups[known]
         read, states = (part.cpu()[known] for part in self._features(tokens, len(known)))
         names, at, sizes = torch.unique(groups, return_inverse=True, return_counts=True)
-
-        def centred(x: Tensor) -> Tensor:
-            means = torch.zeros(len(names), *x.shape[1:]).index_add_(0, at, x)
-            return x - (means / sizes.view(-1, *[1] * (x.dim() - 1)))[at]
-
+        columns = torch.cat([read, states, rewards.unsqueeze(1)], dim=1)
+        means = torch.zeros(len(names), columns.shape[1]).index_add_(0, at, columns) / sizes.unsqueeze(1)
+        width = read.shape[1]
+        read, states, rewards = (columns - means[at]).split([width, width, 1], dim=1)
         first = int(self._kept["groups"].max()) + 1 if len(self._kept["groups"]) else 0
         new = {
-            "tokens": centred(read),
-            "states": centred(states),
-            "rewards": centred(rewards),
+            "tokens": read,
+            "states": states,
+            "rewards": rewards.squeeze(1),
             "groups": at + first,
             "steps": torch.full_like(at, step),
         }
