@@ -126,13 +126,14 @@ class Recipe(Group):
                 f"{self.objective.name}{'' if self.offline else ' online'}; set one of these with labelled data, or "
                 "token_credit: 0."
             )
-        if self.objective.expected_gradient > 0 and (
-            self.data.prompts is None or not isinstance(self.head.shortlist_size, int)
-        ):
-            raise TeaError(
-                "objective.expected_gradient needs data.prompts and a number as head.shortlist_size, got "
-                f"{sources[0]} and {self.head.shortlist_size}; set them, or expected_gradient: 0."
-            )
+        for name in ("expected_gradient", "counterfactuals"):
+            if getattr(self.objective, name) > 0 and (
+                self.data.prompts is None or not isinstance(self.head.shortlist_size, int)
+            ):
+                raise TeaError(
+                    f"objective.{name} needs data.prompts and a number as head.shortlist_size, got "
+                    f"{sources[0]} and {self.head.shortlist_size}; set them, or {name}: 0."
+                )
         if self.objective.expected_gradient > 0 and self.rollout.num_generations == 1:
             raise TeaError(
                 "objective.expected_gradient compares the completions of a prompt and needs rollout.num_generations of at least 2, "

@@ -293,10 +293,25 @@ class ObjectiveConfig(Group):
         0.0,
         ge=0.0,
         description="Weight of the policy gradient over all tokens of the shortlist at once, with values of tokens that are fitted "
-        "to the rewards of the latest completions; falls to 0 over expected_gradient_steps; 0 = off. For prompts, with a shortlist.",
+        "to the rewards of the latest completions; 1 is as much as sampled credit; falls to 0 over expected_gradient_steps; 0 = off. "
+        "For prompts, with a shortlist.",
     )
     expected_gradient_steps: int | None = Field(
         None, ge=1, description="Steps over which expected_gradient falls to 0; null = all of the run."
+    )
+    counterfactuals: int = Field(
+        0,
+        ge=0,
+        description="Changed texts for each completion of a step whose rewards are asked as well: with one token replaced by another one of the "
+        "shortlist. They tell what each token earned, and teach expected_gradient. For rewards that cost little; for prompts, with a "
+        "shortlist; 0 = off.",
+    )
+    counterfactual_credit: float = Field(
+        0.5,
+        ge=0.0,
+        le=1.0,
+        description="With counterfactuals: how much of a token's advantage is its own, what its completion would lose without it; the rest is its "
+        "completion's.",
     )
     replay_steps: int = Field(
         0,

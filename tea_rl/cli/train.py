@@ -95,7 +95,8 @@ def train(
             "data.prompts=null",
             "data.dataset=null",
             "env.id=null",
-            "objective.expected_gradient=0",  # of recipes that generate
+            "objective.expected_gradient=0",  # of recipes that generate, and so is the next one
+            "objective.counterfactuals=0",
             f"data.store={json.dumps(str(store), ensure_ascii=False)}",
             *overrides,
         ]

@@ -76,6 +76,24 @@ def known_advantages(name: str, rewards: Tensor, scale: str = "group") -> tuple[
     return result.masked_fill(unknown, 0.0), highest.amax(dim=1) > lowest.amin(dim=1)
 
 
+def reward_unit(name: str, rewards: Tensor, scale: str = "group") -> float:
+    """How much reward an advantage of 1 stands for, on the average: credit of other origin, divided by it, is an advantage, too.
+
+    Args:
+        name, scale: as in `advantages`.
+        rewards: ``(P, G)``, NaN where unknown.
+
+    Returns:
+        1 where rewards are not scaled; 0 where all known ones are equal that are compared.
+    """
+    if name in ("rloo", "reinforce") or (name == "grpo" and scale == "none"):
+        return 1.0
+    groups = rewards if name == "grpo" and scale == "group" else rewards.flatten().unsqueeze(0)
+    known = [group[~group.isnan()] for group in groups]
+    spreads = [group.std() for group in known if len(group) > 1]
+    return float(torch.stack(spreads).mean()) if spreads else 0.0
+
+
 def stored_advantages(name: str, rewards: Tensor, groups: Tensor, scale: str = "group") -> Tensor:
     """The same for stored rows, whose groups may differ in size; a row alone in its group has no advantage in one.
 

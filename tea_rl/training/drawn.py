@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tea_rl.objectives.advantages import known_advantages
+from tea_rl.objectives.advantages import known_advantages, reward_unit
 from tea_rl.recipe import ObjectiveConfig
 from tea_rl.rollout import Rollout
 from tea_rl.rollout.trajectory import TokenBatch
+from tea_rl.training.counterfactuals import Counterfactuals, own_credit
 
 #: What a rollout says of its completions.
 _COUNTS = ("lengths", "finished", "prompt_index")
@@ -72,8 +73,10 @@ class Credited:
         tokens: those that are worth learning from.
         advantages: of each of them, ``(N,)``.
         rewards: of every completion, NaN where unknown, ``(B,)``.
-        groups: prompts whose completions earn different rewards.
+        groups: prompts that teach something: their completions earn different rewards, or would with another token.
         drawn: prompts.
+        edits: what was asked with ``objective.counterfactuals``, of the tokens as drawn.
+        unit: reward that an advantage of 1 stands for.
     """
 
     tokens: TokenBatch
@@ -81,23 +84,42 @@ class Credited:
     rewards: Tensor
     groups: int
     drawn: int
+    edits: Counterfactuals | None = None
+    unit: float = 1.0
 
 
-def credit(drawn: Drawn, total: Sequence[float], objective: ObjectiveConfig, only_unequal: bool) -> Credited:
+def credit(
+    drawn: Drawn,
+    total: Sequence[float],
+    objective: ObjectiveConfig,
+    only_unequal: bool,
+    edits: Counterfactuals | None = None,
+) -> Credited:
     """Advantage of every token of a draw.
 
     Args:
         drawn: the completions.
         total: their rewards, NaN where unknown.
         objective: says how they are compared.
-        only_unequal: leave out the tokens of prompts whose completions earn the same, unless all do.
+        only_unequal: leave out the tokens of prompts that teach nothing, unless none does.
+        edits: what they would have earned with other tokens.
     """
     rewards, tokens = torch.tensor(total, dtype=torch.float32), drawn.rollout.tokens
     grouped = rewards.view(len(drawn.chosen), -1)
-    advantage, unequal = known_advantages(objective.name, grouped, objective.scale_rewards)
-    of_token = advantage.flatten().to(tokens.rows.device)[tokens.rows]
-    if only_unequal and bool(unequal.any()):
-        useful = unequal.repeat_interleave(grouped.shape[1]).to(tokens.rows.device)[tokens.rows]
-        index = useful.nonzero().squeeze(1)
+    advantage, teaches = known_advantages(objective.name, grouped, objective.scale_rewards)
+    unit = reward_unit(objective.name, grouped, objective.scale_rewards)
+    device = tokens.rows.device
+    of_token = advantage.flatten().to(device)[tokens.rows]
+    group = (tokens.rows // grouped.shape[1]).cpu()
+    if edits is not None and len(edits.changes):
+        # Where all completions earn the same, what is lost or won by a token is the only measure.
+        unit = unit or float(edits.changes.square().mean().sqrt())
+        teaches = (
+            teaches | torch.zeros(len(teaches)).index_add_(0, group[edits.at], edits.changes.abs()).bool()
+        )
+        own = own_credit(edits, len(tokens)) / (unit or 1.0)
+        of_token = torch.lerp(of_token, own.to(device), objective.counterfactual_credit)
+    if only_unequal and bool(teaches.any()):
+        index = teaches[group].nonzero().squeeze(1).to(device)
         tokens, of_token = tokens.select(index), of_token[index]
-    return Credited(tokens, of_token, rewards, int(unequal.sum()), len(drawn.chosen))
+    return Credited(tokens, of_token, rewards, int(teaches.sum()), len(drawn.chosen), edits, unit)

@@ -18,12 +18,13 @@ import torch
 from tea_rl.backbone import Backbone
 from tea_rl.data.prompts import data_digest, load_prompts, tokenize_prompts
 from tea_rl.errors import TeaError
-from tea_rl.evaluation.evaluate import PromptSet, evaluate, reward_inputs, score
+from tea_rl.evaluation.evaluate import PromptSet, evaluate, reward_inputs, score, score_texts
 from tea_rl.evaluation.metrics import mean
 from tea_rl.recipe import Recipe, load_recipe
 from tea_rl.rewards import PendingRewards, RewardBatch, RewardWorkers, load_rewards
 from tea_rl.rollout import DecodeSettings, Rollout, generate
 from tea_rl.rollout.trajectory import TokenBatch
+from tea_rl.training.counterfactuals import Counterfactuals, ask
 from tea_rl.training.drawn import Credited, Drawn, credit
 from tea_rl.training.generating import GeneratingLoop
 from tea_rl.training.learner import UpdateReport
@@ -31,7 +32,7 @@ from tea_rl.training.loop import TrainingLoop, TrainResult
 from tea_rl.training.progress import Listener
 from tea_rl.training.replay import Replay
 from tea_rl.training.run_directory import RunDirectory
-from tea_rl.training.seeding import other_prompts, prompts_of_step, seed_step
+from tea_rl.training.seeding import generator_of, other_prompts, prompts_of_step, seed_step
 from tea_rl.training.token_value import TokenValue
 
 #: States of a step on which member disagreement is measured.
@@ -151,7 +152,7 @@ class OnlineTrainer(GeneratingLoop):
         started = time.perf_counter()
         generator = seed_step(recipe.train.seed, step)
         drawn, rewards = self._drawn_with_rewards(step)
-        first = self._credit(drawn, rewards)
+        first = self._credit(drawn, rewards, (recipe.train.seed, step))
         credited = [first, *self._more(step, drawn, first)]
         report = self._update(step, drawn, credited, generator)
         generated, tokens = drawn.rollout, drawn.rollout.tokens
@@ -193,7 +194,7 @@ class OnlineTrainer(GeneratingLoop):
         tokens = TokenBatch.join([one.tokens for one in useful])
         advantages = torch.cat([one.advantages for one in useful])
         with self.clock.stage("update"):
-            values = self._token_values(step, drawn.rollout, credited[0].rewards)
+            values = self._token_values(step, drawn.rollout, credited[0])
             report = self.learner.update(tokens, advantages, generator, values, self.replay.batches)
         self.replay.add(tokens, advantages)
         return report
@@ -248,9 +249,37 @@ class OnlineTrainer(GeneratingLoop):
         shortest = min(rollout.early_completion_length, rollout.max_completion_length)
         return replace(settings, max_new_tokens=shortest)
 
-    def _credit(self, drawn: Drawn, rewards: RewardBatch) -> Credited:
+    def _credit(self, drawn: Drawn, rewards: RewardBatch, seed: tuple[int, ...]) -> Credited:
         only_unequal = self.recipe.rollout.dynamic_sampling > 0
-        return credit(drawn, rewards.total, self.recipe.objective, only_unequal)
+        edits = self._counterfactuals(drawn, rewards, seed)
+        return credit(drawn, rewards.total, self.recipe.objective, only_unequal, edits)
+
+    def _counterfactuals(
+        self, drawn: Drawn, rewards: RewardBatch, seed: tuple[int, ...]
+    ) -> Counterfactuals | None:
+        """What the completions would have earned with other tokens, with ``objective.counterfactuals``."""
+        count, rollout = self.recipe.objective.counterfactuals, self.recipe.rollout
+        if not count:
+            return None
+        prompts = self.training_prompts.take(drawn.chosen).prompts
+        of_texts = [prompts[answered] for answered in drawn.rollout.prompt_index.tolist()]
+
+        def score_changed(texts: Sequence[str]) -> list[float]:
+            self.rewards_asked += len(texts)
+            return score_texts(self.workers or self.rewards, of_texts, texts).total
+
+        with self.clock.stage("reward"):
+            return ask(
+                self.backbone,
+                self.head,
+                drawn.rollout,
+                torch.tensor(rewards.total),
+                score_changed,
+                count,
+                rollout.temperature,
+                tuple(rollout.stop),
+                generator_of(seed),
+            )
 
     def _more(self, step: int, drawn: Drawn, first: Credited) -> list[Credited]:
         """Completions of other prompts, for those of a step that teach nothing (dynamic sampling, Yu et al. 2025, section 3.2)."""
@@ -262,7 +291,8 @@ class OnlineTrainer(GeneratingLoop):
                 break
             used |= set(chosen)
             extra = self._generate(step, chosen, (seed, step, number))
-            found.append(self._credit(extra, self._score(extra, (seed, step, number))))
+            key = (seed, step, number)
+            found.append(self._credit(extra, self._score(extra, key), key))
             missing -= found[-1].groups
         return found
 
@@ -282,12 +312,13 @@ class OnlineTrainer(GeneratingLoop):
             "prompts_learnt": sum(one.groups for one in credited) / count,
         }
 
-    def _token_values(self, step: int, generated: Rollout, rewards: torch.Tensor) -> torch.Tensor | None:
+    def _token_values(self, step: int, generated: Rollout, first: Credited) -> torch.Tensor | None:
         """What tokens are worth, with ``objective.expected_gradient``; less with every step: sampled credit has the last word."""
         share = self._value_share(step)
-        if self.token_value is None or share == 0.0:
+        if self.token_value is None or share == 0.0 or first.unit == 0.0:
             return None
-        return share * self.token_value.learn(step, generated.tokens, rewards, generated.prompt_index)
+        values = self.token_value.learn(generated.tokens, first.rewards, generated.prompt_index, first.edits)
+        return values * (share / first.unit)
 
     def _value_share(self, step: int) -> float:
         """How much of ``objective.expected_gradient`` is left in a step."""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 # Streams keep the draws of one seed apart.
-_STEP, _ORDER, _MORE = 1, 2, 3
+_STEP, _ORDER, _MORE, _EDITS = 1, 2, 3, 4
 
 
 def seed_step(seed: int, step: int) -> torch.Generator:
@@ -18,6 +18,12 @@ def seed_step(seed: int, step: int) -> torch.Generator:
     np.random.seed(int(state[1]))
     torch.manual_seed(int(state[2]))
     return torch.Generator().manual_seed(int(state[3]))
+
+
+def generator_of(key: tuple[int, ...]) -> torch.Generator:
+    """What draws the changed completions of a rollout, from the rollout's key; on the CPU."""
+    state = np.random.SeedSequence([_EDITS, *key]).generate_state(1)
+    return torch.Generator().manual_seed(int(state[0]))
 
 
 def prompts_of_step(seed: int, step: int, num_prompts: int, per_step: int) -> list[int]:
