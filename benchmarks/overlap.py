@@ -36,6 +36,7 @@ def step_seconds(folder: Path, workers: int, steps: int, seconds: float) -> floa
         f"rewards=[{{name: '{folder}/slow.py:slow'}}]",
         "data.eval_fraction=0",
         "rollout.early_steps=0",
+        "objective.counterfactuals=0",  # for rewards that cost little
         "train.save_steps=1000",
     ]
     overrides += [f"train.max_steps={steps}", f"rollout.reward_workers={workers}"]

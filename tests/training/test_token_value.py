@@ -96,23 +96,15 @@ def test_the_fit_is_ridge_regression():
     share = torch.bincount(tokens.actions, minlength=VOCABULARY) / len(tokens)
     unit = unit * ((1e-3 / (1e-3 + share)) ** 0.3).unsqueeze(1)
     each = len(good) // len(groups.unique())
-    parts = [
-        unit[tokens.actions].view(len(good), LENGTH, WIDTH).sum(dim=1),
-        tokens.states.view(len(good), LENGTH, WIDTH).mean(dim=1),
-    ]
-    parts = [
-        (part.view(-1, each, WIDTH) - part.view(-1, each, WIDTH).mean(dim=1, keepdim=True)) for part in parts
-    ]
-    lengths = [part.norm(dim=2).mean() for part in parts]
-    x = torch.cat(
-        [part.reshape(-1, WIDTH) / length for part, length in zip(parts, lengths, strict=True)], dim=1
-    )
+    x = unit[tokens.actions].view(len(good), LENGTH, WIDTH).sum(dim=1).view(-1, each, WIDTH)
+    x = (x - x.mean(dim=1, keepdim=True)).flatten(0, 1)
+    length = x.norm(dim=1).mean()
     y = (good.view(-1, each) - good.view(-1, each).mean(dim=1, keepdim=True)).flatten()
-    moved = (unit[edits.actions] - unit[tokens.actions[edits.at]]) / lengths[0]
-    x = torch.cat([x, torch.cat([moved, torch.zeros_like(moved)], dim=1)]).double()
+    moved = unit[edits.actions] - unit[tokens.actions[edits.at]]
+    x = (torch.cat([x, moved]) / length).double()
     y = torch.cat([y, edits.changes]).double()
-    u, _ = torch.linalg.solve(x.T @ x + torch.eye(2 * WIDTH, dtype=torch.float64), x.T @ y).float().chunk(2)
-    expected = unit @ u / lengths[0]
+    u = torch.linalg.solve(x.T @ x + torch.eye(WIDTH, dtype=torch.float64), x.T @ y).float()
+    expected = unit @ u / length
     torch.testing.assert_close(values, expected - expected[tokens.actions].mean(), rtol=1e-3, atol=1e-4)
 
 
