@@ -54,7 +54,7 @@ _STORE_STEPS = 48
 def run(setting: Setting) -> Iterator[Figure]:
     """Measure the stage."""
     base = {**BASE, "dtype": str(setting.backbone.dtype).removeprefix("torch.")}
-    repeats = 2
+    repeats = setting.pick(3, 7)  # each a tenth of a second
     memory = run_child("stage_scaling.py", json.dumps({**base, "repeats": repeats}))
     yield _figure(setting, "default size", base, memory, memory)
     for name, sizes in _SIZES.items():
@@ -71,7 +71,8 @@ def run(setting: Setting) -> Iterator[Figure]:
     for count in counts:
         store = setting.folder / f"store-{count}"
         write_random_store(store, count, base)
-        found = run_child("stage_scaling.py", json.dumps({**base, "store": str(store), "repeats": repeats}))
+        wanted = {**base, "store": str(store), "repeats": setting.pick(2, 4)}
+        found = run_child("stage_scaling.py", json.dumps(wanted))
         first = first or found
         yield _figure(setting, f"tokens {count}", base, found, first)
         for file in store.iterdir():  # gigabytes

@@ -25,7 +25,7 @@ from tea_rl.head.config import ContextConfig
 from tea_rl.head.context import ContextReader, ContextState, find_layers
 from tea_rl.head.context_wrapper import ContextWrapper
 from tea_rl.model_source import ModelSource, find_model, one_line, quiet_transformers
-from tea_rl.packed_linear import can_pack, pack_linear_layers
+from tea_rl.packed_linear import can_pack, pack_linear_layers, pack_output_layer
 from tea_rl.probe import find_output_layer, output_weight, probe_output, weight_digest
 from tea_rl.quantization import (
     avoid_odd_packing,
@@ -281,7 +281,8 @@ def load_backbone(
     if place.type == "cpu" and not plain:
         use_grouped_attention(model)
         if quantization == "none" and not compile and can_pack(float_type):
-            pack_linear_layers(model.base_model)
+            pack_linear_layers(model.base_model, torch.zeros(1, 2, dtype=torch.long))
+            pack_output_layer(model)
     if quantization == "w8a8":
         use_w8a8(model, tokenizer, _context_length(model, tokenizer))
     eos, pad = _special_tokens(model, tokenizer)

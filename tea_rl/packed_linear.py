@@ -8,21 +8,58 @@ step, a third of the time where few rows are multiplied. The operators that hold
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from tea_rl.devices import cpu_has_bfloat16
 from tea_rl.errors import TeaError
-from tea_rl.probe import Sample
+from tea_rl.head.scratch import Scratch
+from tea_rl.probe import Sample, find_output_layer
 from tea_rl.quantization import replace_layers
+from tea_rl.shared_input import SharedProduct, inputs_by_layer, with_same_input
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _FOR_INFERENCE = "this backbone's weights are laid out for inference"
 
 
+class PackedGroup:
+    """The weights of linear layers that read the same input, as one, laid out: ``(..., in)`` to ``(..., sum of out)``.
+
+    Args:
+        layers: all of them with a bias, or none.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        # Neither parameter nor buffer: nothing but the product can read it.
+        weight = torch.cat([layer.weight.detach() for layer in layers])
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+        self._bias = torch.cat(biases) if biases else None
+        self._shared = SharedProduct(len(layers)) if len(layers) > 1 else None
+
+    def columns(self, x: Tensor, start: int, end: int) -> Tensor:
+        """Outputs ``start`` to ``end`` of ``x``."""
+        return (
+            self._product(x) if self._shared is None else self._shared.columns(x, start, end, self._product)
+        )
+
+    def _product(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+
+
 class PackedLinear(nn.Module):
     """A frozen ``nn.Linear`` for inference: ``(..., in)`` to ``(..., out)``. The plain weight is gone.
+
+    Args:
+        layer: the plain one.
+        group: where its weight is, with others' that read the same input.
+        start: of its outputs among those of the group.
 
     Attributes:
         weight_sample: what is still known of the plain weight.
@@ -31,11 +68,10 @@ class PackedLinear(nn.Module):
         TeaError: in `forward`, if a gradient is wanted; in `state_dict`, always: a model saved without its weights would be lost.
     """
 
-    def __init__(self, layer: nn.Linear) -> None:
+    def __init__(self, layer: nn.Linear, group: PackedGroup, start: int = 0) -> None:
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        # Neither parameter nor buffer: nothing but the product can read it.
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), None)
+        self._group, self._start, self._end = group, start, start + layer.out_features
         self.weight_sample = Sample.of(layer.weight)
         self.bias = layer.bias
 
@@ -44,7 +80,7 @@ class PackedLinear(nn.Module):
             raise TeaError(
                 f"{_FOR_INFERENCE} and have no gradients: load it with load_backbone(..., plain=True)"
             )
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+        return self._group.columns(x, self._start, self._end)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         raise TeaError(f"{_FOR_INFERENCE} and cannot be saved: load it with load_backbone(..., plain=True)")
@@ -53,6 +89,33 @@ class PackedLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         )
+
+
+class PackedOutput(nn.Module):
+    """An output layer whose weight is kept twice: laid out for products, and plain for the embedding and for heads, which read rows.
+
+    The logits are the plain layer's, bit for bit.
+
+    Attributes:
+        weight: the plain layer's own, ``(V, D)``.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad and torch.is_grad_enabled():
+            return functional.linear(x, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+
+    def logits(self, x: Tensor, scratch: Scratch | None = None) -> Tensor:
+        """`forward` in float32, ``(..., D)`` to ``(..., V)``; with ``scratch`` ``(N, D)`` to ``(N, V)``, in there."""
+        logits = self(x)
+        if scratch is None:
+            return logits.float()
+        return scratch.take("logits", logits.shape, torch.float32, x.device).copy_(logits)
 
 
 def packed_weights(body: nn.Module) -> dict[str, Sample]:
@@ -70,11 +133,43 @@ def can_pack(dtype: torch.dtype) -> bool:
     return known and dtype == torch.bfloat16 and cpu_has_bfloat16()
 
 
-def pack_linear_layers(body: nn.Module) -> None:
-    """Replace the linear layers of a frozen transformer, in place; layers of other classes and shared weights stay."""
+def pack_output_layer(model: PreTrainedModel) -> None:
+    """Replace the output layer of a causal LM, in place, unless it is of another class than ``nn.Linear``."""
+    parent, attribute, layer = find_output_layer(model)
+    if type(layer) is nn.Linear:
+        setattr(parent, attribute, PackedOutput(layer))
+
+
+@torch.no_grad()
+def pack_linear_layers(body: nn.Module, input_ids: Tensor) -> None:
+    """Replace the linear layers of a frozen transformer, in place; layers of other classes and shared weights stay.
+
+    Args:
+        body: the transformer.
+        input_ids: any tokens ``(1, T)``; shows which layers read the same input.
+    """
     holders = Counter(id(p) for module in body.modules() for p in module.parameters(recurse=False))
+    with inputs_by_layer(body) as inputs:
+        body(input_ids=input_ids, use_cache=False)
+    together = {layer: layers for layers in with_same_input(inputs) for layer in layers}
+    del inputs
+    replaced: dict[nn.Module, PackedLinear] = {}
 
     def packed(layer: nn.Module) -> nn.Module | None:
-        return PackedLinear(layer) if type(layer) is nn.Linear and holders[id(layer.weight)] == 1 else None
+        if type(layer) is not nn.Linear or holders[id(layer.weight)] > 1:
+            return None
+        if layer not in replaced:
+            # Unasked on these tokens (an expert, say), or unlike the others: alone.
+            like = [
+                other
+                for other in together.pop(layer, [layer])
+                if holders[id(other.weight)] == 1 and (other.bias is None) == (layer.bias is None)
+            ]
+            group, start = PackedGroup(like), 0
+            for other in like:
+                together.pop(other, None)
+                replaced[other] = PackedLinear(other, group, start)
+                start += other.out_features
+        return replaced.pop(layer)
 
-    replace_layers(body, packed)  # one after the other: at no time are there two of all
+    replace_layers(body, packed)  # one group after the other: at no time are there two of all

@@ -319,6 +319,11 @@ class ObjectiveConfig(Group):
         description="With prompts: learn in each step from the rollouts of so many earlier steps as well, weighed by importance ratios; the first "
         "of the inner epochs always goes over all of them. 0 = off.",
     )
+    entropy_coef: float = Field(
+        0.0,
+        description="Weight of the policy's entropy (nats a token), a bonus for variety; below 0 it sharpens: samples then stay likely under the "
+        "original model although they move away from it.",
+    )
     inner_epochs: int = Field(6, ge=1, description="Most passes over one rollout.")
     minibatch_tokens: int = Field(512, ge=1, description="Tokens in one optimizer step, about.")
     target_kl: float | None = Field(

@@ -12,8 +12,6 @@ the two says the same, integer or not: heads, stores and losses need not know.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +22,7 @@ from tea_rl.errors import TeaError
 from tea_rl.head.scratch import Scratch
 from tea_rl.probe import find_output_layer, output_weight, weight_digest
 from tea_rl.quantization import replace_layers
+from tea_rl.shared_input import SharedProduct, inputs_by_layer, with_same_input
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -66,8 +65,6 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 class Int8Group(nn.Module):
     """Linear layers that read the same input, as one integer product.
 
-    The first of them that is asked multiplies for all, the others take their columns.
-
     Args:
         weights: their weights, each ``(out, K)``.
         smoothing: inputs are divided by it, ``(K,)``, weights multiplied; None for none.
@@ -86,10 +83,7 @@ class Int8Group(nn.Module):
         self.register_buffer("weight", quantised)
         self.register_buffer("steps", steps.squeeze(1))
         self.register_buffer("inverse_smoothing", 1 / smoothing)
-        self._input: Tensor | None = None
-        self._version = -1
-        self._output: Tensor | None = None
-        self._left, self._members = 0, len(weights)
+        self._shared = SharedProduct(len(weights)) if len(weights) > 1 else None
 
     def product(self, x: Tensor, start: int, end: int) -> Tensor:
         """Outputs ``start`` to ``end`` of ``x``: ``(..., K)`` to ``(..., end - start)``, in the dtype of ``x``."""
@@ -121,17 +115,9 @@ class Int8Group(nn.Module):
 
     def columns(self, x: Tensor, start: int, end: int) -> Tensor:
         """`product`, worked out once for all members while they are given the same tensor."""
-        if self._members == 1 or torch.compiler.is_compiling():  # a compiler sees the common part itself
+        if self._shared is None or torch.compiler.is_compiling():  # a compiler sees the common part itself
             return self.product(x, start, end)
-        version = -1 if x.is_inference() else x._version
-        if self._input is not x or self._version != version or self._output is None:
-            self._input, self._version, self._left = x, version, self._members
-            self._output = self.product(x, 0, len(self.weight))
-        part = self._output[..., start:end]
-        self._left -= 1
-        if self._left == 0:
-            self._input = self._output = None
-        return part
+        return self._shared.columns(x, start, end, lambda rows: self.product(rows, 0, len(self.weight)))
 
 
 class W8A8Linear(nn.Module):
@@ -176,7 +162,11 @@ class W8A8Output(nn.Module):
         self.weight = nn.Parameter(group.rounded_weight().to(like.dtype), requires_grad=False)
         self.register_buffer("bias", bias)
 
-    def forward(self, x: Tensor, scratch: Scratch | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits(x)
+
+    def logits(self, x: Tensor, scratch: Scratch | None = None) -> Tensor:
+        """`forward`; with ``scratch`` the logits are put in there."""
         logits = self.group.exact_product(x, 0, len(self.weight), scratch)
         return logits if self.bias is None else logits.add_(self.bias)
 
@@ -197,17 +187,14 @@ def use_w8a8(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_len
     """
     body = model.base_model
     ids = tokenizer(_TEXT, return_tensors="pt").input_ids[:, : min(_MAX_TOKENS, max_length)]
-    with _inputs_by_layer(body) as inputs:
+    with inputs_by_layer(body) as inputs:
         body(input_ids=ids, use_cache=False)
     if not inputs:
         raise TeaError(
             f"model.quantization w8a8 replaces nn.Linear layers, but {type(body).__name__} has none: use none or another model"
         )
-    groups: dict[int, list[nn.Linear]] = {}
-    for layer, rows in inputs.items():
-        groups.setdefault(id(rows), []).append(layer)
     replaced: dict[nn.Module, W8A8Linear] = {}
-    for layers in groups.values():
+    for layers in with_same_input(inputs):
         weights = [layer.weight.detach() for layer in layers]
         rows = inputs[layers[0]].reshape(-1, weights[0].shape[1]).float()
         group = best_group(weights, rows)
@@ -259,20 +246,3 @@ def _smoothing(profile: Tensor, weight: Tensor, strength: float) -> Tensor | Non
         return None
     largest = weight.abs().amax(dim=0)
     return profile.clamp(min=1e-5) ** strength / largest.clamp(min=1e-5) ** (1 - strength)
-
-
-@contextmanager
-def _inputs_by_layer(body: nn.Module) -> Iterator[dict[nn.Linear, Tensor]]:
-    """The newest input of every linear layer that is asked; one object where layers share it."""
-    inputs: dict[nn.Linear, Tensor] = {}
-
-    def record(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
-        assert isinstance(layer, nn.Linear)
-        inputs[layer] = given[0]
-
-    hooks = [layer.register_forward_pre_hook(record) for layer in body.modules() if type(layer) is nn.Linear]
-    try:
-        yield inputs
-    finally:
-        for hook in hooks:
-            hook.remove()

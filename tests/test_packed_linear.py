@@ -7,7 +7,8 @@ from tiny import save_tiny
 import tea_rl.packed_linear as packed_linear
 from tea_rl.backbone import load_backbone
 from tea_rl.errors import TeaError
-from tea_rl.packed_linear import PackedLinear, can_pack, pack_linear_layers
+from tea_rl.head.scratch import Scratch
+from tea_rl.packed_linear import PackedGroup, PackedLinear, PackedOutput, can_pack, pack_linear_layers
 from tea_rl.states.keys import body_digest
 
 IDS = torch.arange(12).view(2, 6)
@@ -20,7 +21,8 @@ def capable(monkeypatch):
     if not can_pack(torch.bfloat16):
         pytest.skip("this torch has no such products")
     try:
-        PackedLinear(torch.nn.Linear(4, 4, dtype=torch.bfloat16))(torch.ones(1, 4, dtype=torch.bfloat16))
+        layer = torch.nn.Linear(4, 4, dtype=torch.bfloat16)
+        PackedLinear(layer, PackedGroup([layer]))(torch.ones(1, 4, dtype=torch.bfloat16))
     except RuntimeError as error:  # a processor without AVX-512
         pytest.skip(f"no such products on this processor: {error}")
 
@@ -30,7 +32,7 @@ def capable(monkeypatch):
 def test_product_is_that_of_the_plain_layer(capable, bias, shape):
     layer = torch.nn.Linear(40, 24, bias=bias, dtype=torch.bfloat16).requires_grad_(False)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
-    found = PackedLinear(layer)(x)
+    found = PackedLinear(layer, PackedGroup([layer]))(x)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found, layer(x))
 
@@ -45,8 +47,71 @@ def test_backbone_gives_the_states_and_the_digest_of_the_plain_one(capable, fami
     assert plain.model.config._attn_implementation == "sdpa"
     assert body_digest(packed) == body_digest(plain)
     torch.testing.assert_close(packed.forward(IDS), plain.forward(IDS), rtol=0.05, atol=0.05)
-    # The output layer stays, for heads share its weight.
-    assert type(packed.reference) is torch.nn.Linear
+    # Heads and embedding share the output layer's plain weight.
+    assert type(packed.reference) is PackedOutput and packed.digest == plain.digest
+    if packed.model.config.tie_word_embeddings:
+        assert packed.reference.weight is packed.model.get_input_embeddings().weight
+
+
+class Block(torch.nn.Module):
+    """Three layers on one input, one of them only if ``spare``, and one on another."""
+
+    def __init__(self, biases=(True, True, True)):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = torch.nn.Embedding(12, 40)
+        self.reads = torch.nn.ModuleList(
+            torch.nn.Linear(40, width, bias) for width, bias in zip((24, 8, 40), biases, strict=True)
+        )
+        self.last = torch.nn.Linear(40, 16)
+        self.spare = torch.nn.Linear(40, 8)
+
+    def forward(self, input_ids, spare=False, use_cache=None):
+        x = self.embed(input_ids)
+        outs = [read(x) for read in self.reads]
+        return [*outs, self.last(outs[2]), self.spare(x) if spare else None]
+
+
+@pytest.mark.parametrize("biases", [(True, True, True), (False, False, False), (True, False, True)])
+def test_layers_that_read_the_same_input_are_one_product(capable, monkeypatch, biases):
+    block = Block(biases).bfloat16().requires_grad_(False)
+    expected = [block(ids, spare=True) for ids in (IDS, IDS + 0, IDS.flip(1))]
+    pack_linear_layers(block, IDS[:1, :2])
+    multiplied = []
+    product = PackedGroup._product
+    monkeypatch.setattr(PackedGroup, "_product", lambda self, x: multiplied.append(self) or product(self, x))
+    for ids, outs in zip((IDS, IDS + 0, IDS.flip(1)), expected, strict=True):
+        for found, out in zip(block(ids, spare=True), outs, strict=True):
+            torch.testing.assert_close(found, out)
+    # What was not asked while they were looked at is alone, and so is what has no bias where the others have one.
+    assert len(multiplied) == 3 * (4 if len(set(biases)) == 2 else 3)
+    assert not any(group._shared is not None and group._shared._output is not None for group in multiplied)
+
+
+def test_what_was_asked_once_is_not_the_answer_to_something_else(capable):
+    """A sibling that is left out, or an input that is changed in place, must not leave an old product behind."""
+    block = Block().bfloat16().requires_grad_(False)
+    x = torch.randn(3, 40, generator=torch.Generator().manual_seed(1)).bfloat16()
+    plain = [read(x) for read in block.reads] + [read(2 * x) for read in block.reads]
+    pack_linear_layers(block, IDS)
+    torch.testing.assert_close(block.reads[0](x), plain[0])
+    x.mul_(2)
+    torch.testing.assert_close(block.reads[1](x), plain[4])
+    torch.testing.assert_close(block.reads[2](x / 2), plain[2])
+    torch.testing.assert_close(block.reads[2](x), plain[5])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 5, 64])
+def test_logits_are_those_of_the_plain_output_layer(capable, bias, rows):
+    layer = torch.nn.Linear(40, 300, bias=bias, dtype=torch.bfloat16).requires_grad_(False)
+    x = torch.randn(rows, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
+    packed, scratch = PackedOutput(layer), Scratch()
+    for found in (packed(x).float(), packed.logits(x), packed.logits(x, scratch)):
+        torch.testing.assert_close(found, layer(x).float())
+    assert packed(x).dtype == torch.bfloat16 and packed.logits(x).dtype == torch.float32
+    found, expected = (torch.autograd.functional.jacobian(which, x[:1]) for which in (packed, layer))
+    torch.testing.assert_close(found, expected)
 
 
 def test_digest_tells_packed_models_apart(capable, tmp_path):
@@ -55,7 +120,7 @@ def test_digest_tells_packed_models_apart(capable, tmp_path):
     other = load_backbone(folder, "bfloat16", device="cpu", plain=True)
     with torch.no_grad():
         other.body.layers[0].mlp.up_proj.weight.mul_(1.5)
-    pack_linear_layers(other.body)
+    pack_linear_layers(other.body, IDS)
     assert body_digest(before) != body_digest(other)
 
 
@@ -70,10 +135,11 @@ def test_what_is_not_packed(capable, monkeypatch, tmp_path):
         assert not any(isinstance(layer, PackedLinear) for layer in body.modules())
     monkeypatch.setattr(packed_linear, "cpu_has_bfloat16", lambda: False)
     assert not can_pack(torch.bfloat16)
-    twice = torch.nn.ModuleList([torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)])
-    twice[1].weight = twice[0].weight
-    pack_linear_layers(twice.bfloat16().requires_grad_(False))
-    assert all(type(layer) is torch.nn.Linear for layer in twice)
+    block = Block().bfloat16().requires_grad_(False)
+    block.spare.weight = block.reads[1].weight
+    pack_linear_layers(block, IDS)
+    assert type(block.spare) is type(block.reads[1]) is torch.nn.Linear
+    assert type(block.reads[0]) is type(block.last) is PackedLinear
 
 
 def test_gradients_and_saving_are_refused(capable, tmp_path):

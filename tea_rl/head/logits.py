@@ -16,6 +16,7 @@ from tea_rl.head.members import PackedMembers
 from tea_rl.head.policy import Shortlist, build_shortlist, largest, shortlist_product
 from tea_rl.head.returns import ReturnModulation, as_return, returns_of_positions
 from tea_rl.head.scratch import Scratch
+from tea_rl.packed_linear import PackedOutput
 from tea_rl.w8a8 import W8A8Output
 
 #: Products of half precision are taken by blocks of this many tokens of the vocabulary.
@@ -55,7 +56,7 @@ class CorrectedLogits(nn.Module):
         self.state_width = self.hidden_size * (1 + config.context.num_means)
         self.weight = weight
         # A bound method: as a submodule the layer would be saved with the head.
-        self._fast_product = reference.forward if isinstance(reference, W8A8Output) else None
+        self._fast_product = reference.logits if isinstance(reference, W8A8Output | PackedOutput) else None
         self.bias = getattr(reference, "bias", None)
         for shared in (self.weight, self.bias):
             if shared is not None:

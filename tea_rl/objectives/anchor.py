@@ -30,3 +30,15 @@ def divergence(name: str, logits: Tensor, base_logits: Tensor, logps: Tensor, ba
 def anchored_loss(task: Tensor, anchor: Tensor, conservativity: float) -> Tensor:
     """``(task + c * anchor) / (1 + c)`` (DESIGN section 5)."""
     return (task + conservativity * anchor) / (1.0 + conservativity)
+
+
+def with_entropy(task: Tensor, entropy: Tensor, coef: float) -> Tensor:
+    """``task - coef * mean(entropy)``: a bonus for variety (Mnih et al. 2016, section 4), or where ``coef`` is negative its price.
+
+    With the reverse KL anchor, ``c KL - coef H = (c + coef) KL - coef E[-log pi_0]``: a negative ``coef`` is an anchor that
+    minds less that the policy is surer than the original model, and more that it says what that model would not.
+
+    Shape:
+        task ``()``; entropy ``(N,)`` in nats; returns ``()``.
+    """
+    return task if coef == 0 else task - coef * entropy.mean()

@@ -128,7 +128,7 @@ def _fit(head: TeaHead, known: ChoiceBatch, temperature: float, recipe: Recipe) 
     def losses(index: Tensor) -> tuple[Tensor, Tensor]:
         batch = known.select(index.to(known.chosen.device))
         terms = head.terms(batch.tokens, temperature, divergence)
-        logps, distance = decision_terms(batch, terms.logps, divergence)
+        logps, distance, _ = decision_terms(batch, terms.logps, divergence)
         return cross_entropy(logps), distance
 
     size = max(1, round(recipe.objective.minibatch_tokens * len(known) / len(known.tokens)))

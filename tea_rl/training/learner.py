@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tea_rl.head.policy import PolicyTerms
-from tea_rl.objectives.anchor import anchored_loss
+from tea_rl.objectives.anchor import anchored_loss, with_entropy
 from tea_rl.objectives.policy_gradient import behaviour_kl, clipped_surrogate
 from tea_rl.rollout.trajectory import TokenBatch
 from tea_rl.training.optimization import HeadOptimizer
@@ -71,7 +71,9 @@ class Learner(HeadOptimizer):
             batch = records.select(index)
             terms = self._terms(batch, token_values)
             is_new = index < new if replayed else None
-            return Part(terms.logps, batch.logps, credit[index], terms.anchor, terms.value, is_new)
+            return Part(
+                terms.logps, batch.logps, credit[index], terms.anchor, terms.entropy, terms.value, is_new
+            )
 
         return self._descend(len(records), self.objective.minibatch_tokens, part, generator)
 
@@ -99,7 +101,7 @@ class Learner(HeadOptimizer):
                 objective.clip_range,
                 objective.clip_range_high,
             )
-            task = surrogate.mean()
+            task = with_entropy(surrogate.mean(), found.entropy, objective.entropy_coef)
             if found.value is not None:
                 task = task - objective.expected_gradient * found.value.mean()
             loss = anchored_loss(task, found.anchor.mean(), self.anchor.conservativity)
@@ -140,5 +142,6 @@ class Part(NamedTuple):
     behaviour_logps: Tensor
     advantages: Tensor
     anchor: Tensor
+    entropy: Tensor
     value: Tensor | None = None
     is_new: Tensor | None = None

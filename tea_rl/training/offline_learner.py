@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tea_rl.head.policy import PolicyTerms
-from tea_rl.objectives.anchor import anchored_loss
+from tea_rl.objectives.anchor import anchored_loss, with_entropy
 from tea_rl.objectives.policy_gradient import behaviour_kl, clipped_surrogate
 from tea_rl.objectives.preference import dpo, ipo, kto, row_sums
 from tea_rl.objectives.supervised import cross_entropy, reward_weighted
@@ -121,6 +121,7 @@ class OfflineLearner(HeadOptimizer):
                 shown = ~batch.returns[batch.taught].isnan()
                 losses = torch.where(shown, cross_entropy(terms.logps), losses)
             task = (losses * weights).sum() / weights.sum()
+        task = with_entropy(task, terms.entropy, self.objective.entropy_coef)
         return anchored_loss(task, anchor.mean(), self.anchor.conservativity)
 
     def _token_task(self, batch: OfflineBatch, terms: PolicyTerms) -> Tensor:

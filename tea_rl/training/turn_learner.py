@@ -38,7 +38,7 @@ class TurnLearner(Learner):
                 parts.append(self._written(tokens.select(free), advantages))
             if len(chosen := index[index >= written] - written):
                 parts.append(self._decided(choices.select(chosen), advantages))
-            return Part(*(torch.cat(column) for column in zip(*(part[:4] for part in parts), strict=True)))
+            return Part(*(torch.cat(column) for column in zip(*(part[:5] for part in parts), strict=True)))
 
         tokens_each = max(1.0, (written + len(choices.tokens)) / (written + decided))
         size = max(1, round(self.objective.minibatch_tokens / tokens_each))
@@ -46,18 +46,22 @@ class TurnLearner(Learner):
 
     def _written(self, batch: TokenBatch, advantages: Tensor) -> Part:
         terms = self._terms(batch)
-        return Part(terms.logps, batch.logps, advantages[batch.rows], terms.anchor)
+        return Part(terms.logps, batch.logps, advantages[batch.rows], terms.anchor, terms.entropy)
 
     def _decided(self, batch: ChoiceBatch, advantages: Tensor) -> Part:
-        logps, anchor = decision_terms(batch, self._terms(batch.tokens).logps, self.anchor.divergence)
-        return Part(logps, batch.logps, advantages[batch.turns], anchor)
+        logps, anchor, entropy = decision_terms(
+            batch, self._terms(batch.tokens).logps, self.anchor.divergence
+        )
+        return Part(logps, batch.logps, advantages[batch.turns], anchor, entropy)
 
 
-def decision_terms(batch: ChoiceBatch, token_logps: Tensor, divergence: str) -> tuple[Tensor, Tensor]:
-    """Log-probability of the choice taken, and the distance to the original policy over choices, ``(Q,)`` each.
+def decision_terms(batch: ChoiceBatch, token_logps: Tensor, divergence: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability of the choice taken, distance to the original policy over choices and entropy over them, ``(Q,)`` each.
 
     ``token_logps`` are those of ``batch.tokens`` under a head, ``(N,)``; differentiable in them.
     """
     places = (batch.tokens.rows, batch.decision_of_choice)
     own = choice_logps(token_logps, *places)
-    return own[batch.chosen], choice_divergence(divergence, token_logps, batch.tokens.base_logps, *places)
+    distance = choice_divergence(divergence, token_logps, batch.tokens.base_logps, *places)
+    entropy = torch.zeros_like(distance).index_add(0, batch.decision_of_choice, -own.exp() * own)
+    return own[batch.chosen], distance, entropy

@@ -69,8 +69,9 @@ def test_the_text_stays_as_it_was_while_the_rows_are_learnt(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("objective", ["cross_entropy", "reward_weighted"])
-def test_the_loss_takes_the_anchor_from_the_text_alone(recipe, tmp_path, objective):
+def test_the_loss_takes_the_anchor_from_the_text_and_the_entropy_from_the_rows(recipe, tmp_path, objective):
     settings = recipe(objective, conservativity=3.0, minibatch_tokens=20)
+    settings.objective.entropy_coef = 0.2
     store = embed(settings, tmp_path / "store")
     data = OfflineData(store, settings, StateStore.open(store.path / ANCHOR_NAME))
     batch = data.batch(1, torch.Generator().manual_seed(0))
@@ -83,8 +84,10 @@ def test_the_loss_takes_the_anchor_from_the_text_alone(recipe, tmp_path, objecti
     terms = head.eval().terms(batch.tokens)
     alone = OfflineData(store, settings).batch(1, torch.Generator().manual_seed(0))
     learner.anchor = settings.anchor.model_copy(update={"conservativity": 0.0})
-    task = learner.loss(alone, head.terms(alone.tokens))
-    learner.anchor = settings.anchor
+    learner.objective = settings.objective.model_copy(update={"entropy_coef": 0.0})
+    own = head.terms(alone.tokens)
+    task = learner.loss(alone, own) - 0.2 * own.entropy.mean()
+    learner.anchor, learner.objective = settings.anchor, settings.objective
     expected = (task + 3.0 * terms.anchor[-batch.num_anchor :].mean()) / 4.0
     assert torch.allclose(learner.loss(batch, terms), expected, atol=1e-6)
 

@@ -77,6 +77,22 @@ def test_conservativity_holds_the_policy_back(backbone):
     assert 0 < moved[2.0] < 0.7 * moved[0.0]
 
 
+@pytest.mark.parametrize("shortlist_size", [24, "all", "auto"])
+def test_entropy_follows_its_coefficient(backbone, shortlist_size):
+    """With nothing else to learn, a bonus spreads the policy and a price sharpens it."""
+    after = {}
+    for coef in (0.0, 0.5, -0.5):
+        head, tokens, learner = make(
+            backbone,
+            shortlist_size=shortlist_size,
+            anchor={"conservativity": 0.0},
+            objective={"entropy_coef": coef, "inner_epochs": 20, "target_kl": None},
+        )
+        learner.update(tokens, torch.zeros(len(tokens)), generator())
+        after[coef] = head.terms(tokens).entropy.mean().item()
+    assert after[-0.5] < after[0.0] - 0.02 and after[0.0] + 0.005 < after[0.5]
+
+
 def test_warm_up_starts_above_zero_and_ends_at_the_rate(backbone):
     _, tokens, learner = make(backbone, warmup_steps=4)
     zero = torch.zeros(len(tokens))

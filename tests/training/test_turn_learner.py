@@ -82,15 +82,18 @@ def surrogate(logp, behaviour, advantage):
     return -torch.minimum(ratio * advantage, ratio.clamp(0.9, 1.1) * advantage)
 
 
+@pytest.mark.parametrize("entropy_coef", [0.0, -0.3])
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "logit_l1"])
 @pytest.mark.parametrize("make_env", [Halves, easy_envs.Pick])
-def test_gradient_equals_a_naive_computation(backbone, divergence, make_env):
-    batch, head, learner = rollout(backbone, make_env, anchor={"divergence": divergence})
+def test_gradient_equals_a_naive_computation(backbone, divergence, make_env, entropy_coef):
+    batch, head, learner = rollout(
+        backbone, make_env, anchor={"divergence": divergence}, objective={"entropy_coef": entropy_coef}
+    )
     choices, tokens = batch.choices, batch.tokens
     assert len(choices) == (12 if make_env is Halves else 24)
     assert (len(tokens) > 12) == (make_env is Halves)
     advantages = torch.randn(len(batch.turns), generator=generator(1))
-    tasks, anchors = [], []
+    tasks, anchors, entropies = [], [], []
     own, base = naive_logps(backbone, head, choices.tokens)
     for decision in range(len(choices)):
         listed = (choices.decision_of_choice == decision).nonzero().flatten().tolist()
@@ -99,6 +102,7 @@ def test_gradient_equals_a_naive_computation(backbone, divergence, make_env):
             for logps in (own, base)
         ]
         logp = sums[0].log_softmax(0)[listed.index(choices.chosen[decision])]
+        entropies.append(-(sums[0].softmax(0) * sums[0].log_softmax(0)).sum())
         tasks.append(surrogate(logp, choices.logps[decision], advantages[choices.turns[decision]]))
         anchors.append(naive_anchor(divergence, *sums))
     if len(tokens):
@@ -107,7 +111,10 @@ def test_gradient_equals_a_naive_computation(backbone, divergence, make_env):
             surrogate(naive_logps(backbone, head, tokens)[0], tokens.logps, advantages[tokens.rows])
         )
         anchors += list(terms.anchor)
-    loss = (torch.stack(tasks).mean() + 0.5 * torch.stack(anchors).mean()) / 1.5
+        own = (head(tokens.states) * backbone.logit_scale).log_softmax(-1)
+        entropies += list(-(own.exp() * own).sum(-1))
+    task = torch.stack(tasks).mean() - entropy_coef * torch.stack(entropies).mean()
+    loss = (task + 0.5 * torch.stack(anchors).mean()) / 1.5
     parameters = head.trainable_parameters()
     expected = torch.autograd.grad(loss, parameters)
     report = learner.update_turns(tokens, choices, advantages, generator())
