@@ -16,14 +16,14 @@ import time
 from contextlib import ExitStack
 from typing import Any
 
-import torch
 from common import FAST, OURS, Figure, Setting, median
 from limits import HeadWork, ModelWork
 from lora import lora_config, quiet, settings
 
 from tea_rl import load_backbone, load_recipe
 from tea_rl.evaluation.evaluate import score_texts
-from tea_rl.rollout.trajectory import TokenBatch
+from tea_rl.objectives.forking import forking_tokens
+from tea_rl.training.drawn import Drawn
 from tea_rl.training.online import OnlineTrainer, prepare_prompts
 from tea_rl.training.progress import Listener
 from tea_rl.training.run_directory import RunDirectory
@@ -87,13 +87,13 @@ class Ours(Listener):
         recipe = load_recipe("quickstart", [f"{name}={json.dumps(value)}" for name, value in changes.items()])
         self.trainer = OnlineTrainer(recipe, directory, self, resume=False)
         self.steps: list[dict[str, Any]] = []
-        update = self.trainer.learner.update
+        generate = self.trainer._generate
 
-        def kept_update(tokens: TokenBatch, *args: Any, **kwargs: Any) -> Any:
-            self.newest = tokens
-            return update(tokens, *args, **kwargs)
+        def kept_generate(*args: Any) -> Drawn:
+            self.newest = generate(*args)
+            return self.newest
 
-        self.trainer.learner.update = kept_update
+        self.trainer._generate = kept_generate
         self.trainer.clock.start()  # what `--profile` reads: values of tokens belong to the update
         self.updated = 0.0
 
@@ -101,8 +101,7 @@ class Ours(Listener):
         """Keep what the trainer tells of a step."""
         stages = {stage["name"]: stage["seconds"] for stage in self.trainer.clock.profile()["stages"]}
         spent, self.updated = stages["update"] - self.updated, stages["update"]
-        generating = len(self.newest) / row["tokens_per_second"]
-        self.steps.append({**row, "generate_seconds": generating, "update_seconds": spent})
+        self.steps.append({**row, "generate_seconds": self.newest.seconds, "update_seconds": spent})
 
     def step(self) -> None:
         """Roll out, reward, advantage, update."""
@@ -111,11 +110,13 @@ class Ours(Listener):
     def limit(self) -> float:
         """Least seconds of the newest step."""
         model, head = ModelWork(self.trainer.backbone), HeadWork(self.trainer.head)
+        objective, tokens = self.trainer.recipe.objective, self.newest.rollout.tokens
         prompts = [len(ids) for ids in self.trainer.training_prompts.token_ids]
-        lengths = torch.bincount(self.newest.rows)
+        lengths = self.newest.rollout.lengths
         rollout = [*model.prefill(prompts), *model.decode(prompts, lengths), *head.decode(lengths)]
-        minibatches = -(-len(self.newest) // self.trainer.recipe.objective.minibatch_tokens)
-        one_epoch = head.update(len(self.newest.state_ids.unique()), minibatches)
+        learnt = forking_tokens(tokens.entropy, objective.top_entropy_quantile)
+        minibatches = -(-len(learnt) // objective.minibatch_tokens)
+        one_epoch = head.update(len(tokens.state_ids[learnt].unique()), minibatches)
         return self.limits.seconds(rollout) + self.steps[-1]["inner_epochs"] * self.limits.seconds(one_epoch)
 
 

@@ -18,15 +18,14 @@ from limits import HeadWork
 from lora import lora_model
 from torch.nn import functional as F
 
-from tea_rl import Backbone, TeaHead
+from tea_rl import Backbone, DecodeSettings, TeaHead, generate
 from tea_rl.objectives.anchor import anchored_loss
 from tea_rl.objectives.policy_gradient import clipped_surrogate
 from tea_rl.recipe import AnchorConfig, ObjectiveConfig, TrainConfig
-from tea_rl.rollout.decode import choose_tokens
 from tea_rl.rollout.trajectory import TokenBatch
 from tea_rl.training.learner import Learner
 
-_ROW_TOKENS = 32
+_ROW_TOKENS, _PROMPTS, _SPARE_ROWS = 32, 8, 16
 _PASSES = 8
 
 
@@ -35,7 +34,7 @@ def run(setting: Setting) -> list[Figure]:
     count = setting.pick(512, 2048)
     torch.manual_seed(0)
     head = TeaHead.for_backbone(setting.backbone)
-    tokens, advantage = sampled_tokens(setting.backbone, head, count), torch.randn(count)
+    tokens, advantage = sampled_tokens(setting, head, count), torch.randn(count)
     generator = torch.Generator().manual_seed(0)
     objective = ObjectiveConfig(name="grpo", inner_epochs=1)
     learner = Learner(head, objective, AnchorConfig(), TrainConfig(learning_rate=1e-5), 1.0, 10**6)
@@ -63,24 +62,12 @@ def _speed(step: Callable[[int], object], count: int, passes: int) -> float:
     return passes * count / seconds(lambda: [step(count) for _ in range(passes)])
 
 
-def sampled_tokens(backbone: Backbone, head: TeaHead, count: int) -> TokenBatch:
-    """Tokens that the head chose in random states, all different."""
-    states = torch.randn(count, backbone.hidden_size, dtype=backbone.dtype)
-    # Logits about as spread as a language model's.
-    states *= 20 / backbone.reference.weight.float().std() / backbone.hidden_size
-    with torch.no_grad():
-        parts = [
-            choose_tokens(
-                head,
-                part,
-                torch.arange(len(part)),
-                torch.rand(len(part), 2, dtype=torch.float64),
-                torch.zeros(len(part), dtype=torch.bool),
-                1.0,
-            )
-            for part in states.split(64)
-        ]
-    tokens = TokenBatch.cat(parts)
+def sampled_tokens(setting: Setting, head: TeaHead, count: int) -> TokenBatch:
+    """Tokens of a rollout: which words are listed, and how often the same ones, decides how long an update takes."""
+    prompts = setting.short_prompts(_PROMPTS)
+    rows = -(-count // _ROW_TOKENS) + _SPARE_ROWS  # some end early
+    settings = DecodeSettings(num_generations=-(-rows // _PROMPTS), max_new_tokens=_ROW_TOKENS)
+    tokens = generate(setting.backbone, head, prompts, settings).tokens.select(torch.arange(count))
     tokens.state_ids = torch.arange(count)  # equal ids would share their work
     return tokens
 

@@ -118,6 +118,11 @@ class Recipe(Group):
                 f"head.return_conditioning learns from stored completions of all qualities and needs data.store or data.dataset, got "
                 f"{sources[0]}; store some with tea-rl rollout and train on them, or set it to false."
             )
+        if self.objective.top_entropy_quantile < 1 and self.offline:
+            raise TeaError(
+                "objective.top_entropy_quantile picks tokens by the entropy of the policy that wrote them and needs data.prompts or env.id, "
+                f"got {sources[0]}, where it is not known; set it to 1."
+            )
         if self.objective.token_credit > 0 and (
             not self.offline or self.objective.name not in TOKEN_CREDIT_OBJECTIVES
         ):

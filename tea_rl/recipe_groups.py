@@ -324,6 +324,13 @@ class ObjectiveConfig(Group):
         description="Weight of the policy's entropy (nats a token), a bonus for variety; below 0 it sharpens: samples then stay likely under the "
         "original model although they move away from it.",
     )
+    top_entropy_quantile: float = Field(
+        1.0,
+        ge=0.0,
+        le=1.0,
+        description="Online: share of a rollout's tokens that is learnt from, those where the policy was least sure; the update takes that much less "
+        "time. 0 = one token, 1 = all.",
+    )
     inner_epochs: int = Field(6, ge=1, description="Most passes over one rollout.")
     minibatch_tokens: int = Field(512, ge=1, description="Tokens in one optimizer step, about.")
     target_kl: float | None = Field(

@@ -95,8 +95,9 @@ def train(
             "data.prompts=null",
             "data.dataset=null",
             "env.id=null",
-            "objective.expected_gradient=0",  # of recipes that generate, and so is the next one
+            "objective.expected_gradient=0",  # of recipes that generate, and so are the next ones
             "objective.counterfactuals=0",
+            "objective.top_entropy_quantile=1",
             f"data.store={json.dumps(str(store), ensure_ascii=False)}",
             *overrides,
         ]

@@ -24,6 +24,7 @@ from tea_rl.evaluation.episodes import (
 )
 from tea_rl.evaluation.evaluate import Sample
 from tea_rl.objectives.credit import discounted_returns, gae, turn_advantages
+from tea_rl.objectives.forking import forking_tokens
 from tea_rl.recipe import EnvConfig, Recipe
 from tea_rl.rollout.conversation import ConversationFormat
 from tea_rl.rollout.episode_batch import EpisodeBatch, EpisodeSettings, EpisodeStart
@@ -226,7 +227,10 @@ class EpisodeTrainer(GeneratingLoop):
             return self.learner.skip()
         if not played:
             raise nothing_played(batch, self.recipe)
-        return self.learner.update_turns(batch.tokens, batch.choices, advantage, generator)
+        tokens, share = batch.tokens, self.recipe.objective.top_entropy_quantile
+        if share < 1 and len(tokens):
+            tokens = tokens.select(forking_tokens(tokens.entropy, share))
+        return self.learner.update_turns(tokens, batch.choices, advantage, generator)
 
     def _evaluate(self, step: int, record: bool = True, imitated: bool = False) -> None:
         """Held-out starts; at step 0 of the original model, then of the head that has imitated the expert."""

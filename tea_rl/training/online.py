@@ -20,6 +20,7 @@ from tea_rl.data.prompts import data_digest, load_prompts, tokenize_prompts
 from tea_rl.errors import TeaError
 from tea_rl.evaluation.evaluate import PromptSet, evaluate, reward_inputs, score, score_texts
 from tea_rl.evaluation.metrics import mean
+from tea_rl.objectives.forking import forking_tokens
 from tea_rl.recipe import Recipe, load_recipe
 from tea_rl.rewards import PendingRewards, RewardBatch, RewardWorkers, load_rewards
 from tea_rl.rollout import DecodeSettings, Rollout, generate
@@ -193,6 +194,10 @@ class OnlineTrainer(GeneratingLoop):
         useful = [one for one in credited if one.groups] or credited[:1]
         tokens = TokenBatch.join([one.tokens for one in useful])
         advantages = torch.cat([one.advantages for one in useful])
+        share = self.recipe.objective.top_entropy_quantile
+        if share < 1:
+            kept = forking_tokens(tokens.entropy, share)
+            tokens, advantages = tokens.select(kept), advantages[kept]
         with self.clock.stage("update"):
             values = self._token_values(step, drawn.rollout, credited[0])
             report = self.learner.update(tokens, advantages, generator, values, self.replay.batches)

@@ -176,7 +176,7 @@ def grid_recipes(
     # Only what the recipe says itself: `fit_recipe` takes the rest from the store.
     raw = recipe.model_dump(exclude_unset=True)
     raw["data"].update(prompts=None, dataset=None, store=str(Path(store.path).resolve()))
-    for name in ("expected_gradient", "counterfactuals"):  # of recipes that generate
+    for name in ("expected_gradient", "counterfactuals", "top_entropy_quantile"):  # of recipes that generate
         raw.get("objective", {}).pop(name, None)
     combinations: list[tuple[dict[str, Any], Recipe]] = []
     places = list(itertools.product(*(range(len(values)) for values in grid.values())))

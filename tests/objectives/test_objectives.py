@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tea_rl.objectives.advantages import advantages, grpo_advantages, rloo_advantages
-from tea_rl.objectives.anchor import anchored_loss, divergence
+from tea_rl.objectives.anchor import anchored_loss, divergence, with_entropy
+from tea_rl.objectives.forking import forking_tokens
 from tea_rl.objectives.policy_gradient import behaviour_kl, clipped_surrogate
 
 REWARDS = torch.tensor([[1.0, 0.0, 0.0, 0.0], [2.0, 2.0, 2.0, 2.0]])
@@ -31,6 +32,20 @@ def test_batch_baselines():
     assert advantages("ppo", torch.tensor([[3.0]])).item() == 0.0
     with pytest.raises(ValueError, match="sarsa"):
         advantages("sarsa", REWARDS)
+
+
+@pytest.mark.parametrize(
+    ("share", "kept"), [(1.0, [0, 1, 2, 3, 4]), (0.5, [1, 2, 4]), (0.4, [1, 4]), (0.2, [4]), (0.0, [4])]
+)
+def test_tokens_where_the_policy_was_least_sure(share, kept):
+    assert forking_tokens(torch.tensor([0.1, 2.0, 0.7, 0.2, 3.0]), share).tolist() == kept
+    assert forking_tokens(torch.zeros(5), share).tolist() == list(range(len(kept)))
+
+
+def test_entropy_is_a_bonus_or_a_price():
+    task, entropy = torch.tensor(2.0), torch.tensor([1.0, 3.0])
+    assert with_entropy(task, entropy, 0.25) == 1.5 and with_entropy(task, entropy, -0.25) == 2.5
+    assert with_entropy(task, torch.tensor([torch.inf]), 0.0) == 2.0  # not even looked at
 
 
 def test_surrogate_gradient_is_reinforce_on_policy():

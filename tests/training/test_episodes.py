@@ -21,6 +21,7 @@ from tea_rl.rollout import ConversationFormat, EpisodeSettings
 from tea_rl.rollout.conversation import Conversation
 from tea_rl.training.imitation import check_expert, expert_conversations
 from tea_rl.training.progress import Listener
+from tea_rl.training.turn_learner import TurnLearner
 
 TIMING = ("seconds", "tokens_per_second", "environment_share")
 CHOOSE = ["env.id=EasyPick-v0", "env.choose_admissible=true"]
@@ -120,6 +121,21 @@ def test_every_objective_learns(recipe_file, tmp_path, objective):
     assert mean(rewards[-3:]) > mean(rewards[:3]) + 0.2
     before, after = evaluations_of(tmp_path / "run")
     assert after["eval_reward"] > before["eval_reward"] + 0.2
+
+
+def test_only_the_least_sure_tokens_are_learnt_from(recipe_file, tmp_path, monkeypatch):
+    seen, update = [], TurnLearner.update_turns
+
+    def spy(self, tokens, choices, advantages, generator):
+        seen.append((len(tokens), tokens.entropy.mean().item()))
+        return update(self, tokens, choices, advantages, generator)
+
+    monkeypatch.setattr(TurnLearner, "update_turns", spy)
+    for share in (1.0, 0.25):
+        settings = [f"objective.top_entropy_quantile={share}", "train.max_steps=1", "env.eval_starts=0"]
+        train(load_recipe(str(recipe_file), settings), tmp_path / str(share))
+    (whole, entropy), (kept, higher) = seen
+    assert kept == math.ceil(0.25 * whole) and higher > entropy
 
 
 def test_ppo_logs_and_saves_its_value_head(recipe_file, tmp_path):

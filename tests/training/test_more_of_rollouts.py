@@ -1,6 +1,7 @@
 """Getting more out of what is generated: earlier rollouts replayed, prompts that teach nothing replaced."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -98,9 +99,24 @@ def test_replayed_steps_are_learnt_from_again(recipe_file, tmp_path, monkeypatch
     assert with_replay[0]["loss"] == plain[0]["loss"] and with_replay[1]["loss"] != plain[1]["loss"]
 
 
+def test_only_the_least_sure_tokens_are_learnt_from(recipe_file, tmp_path, monkeypatch):
+    seen = updates_of(monkeypatch)
+    settings = ["objective.replay_steps=1", "train.max_steps=2"]
+    train(load_recipe(str(recipe_file), settings), tmp_path / "all")
+    train(load_recipe(str(recipe_file), [*settings, "objective.top_entropy_quantile=0.3"]), tmp_path / "some")
+    (whole, credit, _), _, (kept, kept_credit, _), _ = seen
+    assert len(kept) == math.ceil(0.3 * len(whole)) and kept.entropy.min() >= whole.entropy.quantile(0.65)
+    # The first rollout is the same one; what is kept of it is whole tokens in their order.
+    places, wanted = (tokens.rows * 100 + tokens.positions for tokens in (whole, kept))
+    at = torch.isin(places, wanted).nonzero().squeeze(1)
+    assert torch.equal(whole.states[at], kept.states) and torch.equal(credit[at], kept_credit)
+    assert [count for *_, count in seen] == [0, 1, 0, 1]
+
+
 @pytest.mark.parametrize(
     "settings",
     [
+        ["objective.replay_steps=2", "objective.top_entropy_quantile=0.4", "objective.entropy_coef=-0.05"],
         ["objective.replay_steps=2"],
         ["rollout.dynamic_sampling=2", "objective.replay_steps=1", "rollout.reward_workers=1"],
     ],
@@ -149,6 +165,11 @@ def test_settings_that_make_no_sense_are_refused():
             parse_recipe({**online, "objective": objective, "rollout": {"dynamic_sampling": 2}})
     with pytest.raises(TeaError, match=r"objective\.replay_steps .* needs data\.prompts, got env\.id"):
         parse_recipe({"env": {"id": "tea_rl/Bandit-v0"}, "objective": {"replay_steps": 1}})
+    stored = {"data": {"store": "somewhere"}, "objective": {"name": "awr", "top_entropy_quantile": 0.5}}
+    with pytest.raises(
+        TeaError, match=r"top_entropy_quantile .* needs data\.prompts or env\.id, got data\.store"
+    ):
+        parse_recipe(stored)
     with pytest.raises(TeaError, match=r"model\.compile does not go with head\.context"):
         parse_recipe({**online, "model": {"compile": True}, "head": {"context": {"layers": [1]}}})
 
