@@ -49,34 +49,49 @@ _QUICK = {"vocabulary": (262144,), "hidden": (), "members": (16,), "shortlist": 
 _TOKENS, _ROW_TOKENS, _PIECE, _MINIBATCH = 2048, 32, 32768, 512
 #: Steps of a repeat from a store: more than are read ahead at a time (`tea_rl.training.read_ahead`).
 _STORE_STEPS = 48
+#: Processes of one size: where their memory lies makes them differ by a fifth.
+_ROUNDS = 3
 
 
 def run(setting: Setting) -> Iterator[Figure]:
     """Measure the stage."""
     base = {**BASE, "dtype": str(setting.backbone.dtype).removeprefix("torch.")}
-    repeats = setting.pick(3, 7)  # each a tenth of a second
-    memory = run_child("stage_scaling.py", json.dumps({**base, "repeats": repeats}))
-    yield _figure(setting, "default size", base, memory, memory)
-    for name, sizes in _SIZES.items():
-        for size in setting.pick(_QUICK[name], sizes):
-            wanted = {**base, name: size}
-            found = run_child("stage_scaling.py", json.dumps({**wanted, "repeats": repeats}))
-            yield _figure(setting, f"{name} {size}", wanted, found, memory)
+    wanted = {"default size": base} | {
+        f"{name} {size}": {**base, name: size}
+        for name, sizes in _SIZES.items()
+        for size in setting.pick(_QUICK[name], sizes)
+    }
     if not setting.quick:  # what the processor's caches give, taken away
-        wanted = {**base, "vocabulary": max(_SIZES["vocabulary"]), "uniform": True}
-        found = run_child("stage_scaling.py", json.dumps({**wanted, "repeats": repeats}))
-        yield _figure(setting, f"vocabulary {wanted['vocabulary']}, any token", wanted, found, memory)
+        largest = max(_SIZES["vocabulary"])
+        wanted[f"vocabulary {largest}, any token"] = {**base, "vocabulary": largest, "uniform": True}
+    found = _in_memory(wanted, setting.pick(3, 7), setting.pick(1, _ROUNDS))
+    for name, size in wanted.items():
+        yield _figure(setting, name, size, found[name], found["default size"])
     counts = setting.pick((10**4, 10**5), (10**4, 10**5, 10**6)) + ((10**7,) if setting.huge else ())
     first = None
     for count in counts:
         store = setting.folder / f"store-{count}"
         write_random_store(store, count, base)
-        wanted = {**base, "store": str(store), "repeats": setting.pick(2, 4)}
-        found = run_child("stage_scaling.py", json.dumps(wanted))
-        first = first or found
-        yield _figure(setting, f"tokens {count}", base, found, first)
+        reading = {**base, "store": str(store), "repeats": setting.pick(2, 4)}
+        read = run_child("stage_scaling.py", json.dumps(reading))
+        first = first or read
+        yield _figure(setting, f"tokens {count}", base, read, first)
         for file in store.iterdir():  # gigabytes
             file.unlink()
+
+
+def _in_memory(wanted: dict[str, Any], repeats: int, rounds: int) -> dict[str, dict[str, Any]]:
+    """What the children of these sizes found; those that are compared within a fifth are run ``rounds`` times, in turn."""
+    found: dict[str, dict[str, Any]] = {}
+    for number in range(rounds):
+        for name, size in wanted.items():
+            if number and not name.startswith(("default", "vocabulary")):
+                continue
+            newest = run_child("stage_scaling.py", json.dumps({**size, "repeats": repeats}))
+            known = found.setdefault(name, {"microseconds": [], "peak_memory_gb": 0.0})
+            known["microseconds"] += newest["microseconds"]
+            known["peak_memory_gb"] = max(known["peak_memory_gb"], newest["peak_memory_gb"])
+    return found
 
 
 def _figure(

@@ -50,7 +50,7 @@ def run(setting: Setting) -> list[Figure]:
     runs = {name: lambda name=name: _speed(steps[name], count, passes[name]) for name in steps}
     # A few tokens make every optimizer's state, and choose the products' kernels.
     warm_ups = {name: lambda step=step: step(2 * _ROW_TOKENS) for name, step in steps.items()}
-    values = alternate(runs, setting.pick(1, 2), warm_ups)
+    values = alternate(runs, setting.pick(1, 3), warm_ups)
     work = HeadWork(head).update(len(tokens.state_ids.unique()), -(-count // size))
     trainable = sum(parameter.numel() for parameter in head.trainable_parameters())
     limit = count / setting.limits.seconds(work)
