@@ -20,11 +20,13 @@ from tea_rl.errors import TeaError
 from tea_rl.head.scratch import Scratch
 from tea_rl.probe import Sample, find_output_layer
 from tea_rl.quantization import replace_layers
-from tea_rl.shared_input import SharedProduct, inputs_by_layer, with_same_input
+from tea_rl.shared_input import OneProduct, inputs_by_layer, with_same_input
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+#: Rows whose logits are there in half precision at once.
+_ROWS = 256
 _FOR_INFERENCE = "this backbone's weights are laid out for inference"
 
 
@@ -41,13 +43,18 @@ class PackedGroup:
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
         self._bias = torch.cat(biases) if biases else None
-        self._shared = SharedProduct(len(layers)) if len(layers) > 1 else None
+        self._shared = OneProduct(len(layers)) if len(layers) > 1 else None
 
     def columns(self, x: Tensor, start: int, end: int) -> Tensor:
         """Outputs ``start`` to ``end`` of ``x``."""
-        return (
-            self._product(x) if self._shared is None else self._shared.columns(x, start, end, self._product)
-        )
+        if self._shared is None:
+            return self._product(x)
+        if torch.compiler.is_compiling():  # a compiler sees the common part itself
+            return self._product(x)[..., start:end]
+        return self._shared.columns(x, start, end, self._product)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedGroup:
+        return self  # never changed, and torch cannot copy it
 
     def _product(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
@@ -94,7 +101,8 @@ class PackedLinear(nn.Module):
 class PackedOutput(nn.Module):
     """An output layer whose weight is kept twice: laid out for products, and plain for the embedding and for heads, which read rows.
 
-    The logits are the plain layer's, bit for bit.
+    The logits are the plain layer's, bit for bit. Once the plain weight is changed, moved or put in another number format it alone is
+    used (what is written through ``weight.data`` cannot be seen).
 
     Attributes:
         weight: the plain layer's own, ``(V, D)``.
@@ -102,20 +110,37 @@ class PackedOutput(nn.Module):
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
         self.weight, self.bias = layer.weight, layer.bias
         self._packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), None)
+        self._packed_from = self._state()
+
+    def _state(self) -> tuple[int, int]:
+        return self.weight.data_ptr(), -1 if self.weight.is_inference() else self.weight._version
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.requires_grad and torch.is_grad_enabled():
+        if (x.requires_grad and torch.is_grad_enabled()) or self._packed_from != self._state():
             return functional.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
 
     def logits(self, x: Tensor, scratch: Scratch | None = None) -> Tensor:
         """`forward` in float32, ``(..., D)`` to ``(..., V)``; with ``scratch`` ``(N, D)`` to ``(N, V)``, in there."""
-        logits = self(x)
-        if scratch is None:
-            return logits.float()
-        return scratch.take("logits", logits.shape, torch.float32, x.device).copy_(logits)
+        rows = x.reshape(-1, x.shape[-1])
+        if len(rows) <= _ROWS and scratch is None:
+            return self(x).float()
+        shape = (len(rows), self.out_features)
+        out = (
+            x.new_empty(shape, dtype=torch.float32)
+            if scratch is None
+            else scratch.take("logits", shape, torch.float32, x.device)
+        )
+        # Never are all of them held in half precision as well.
+        for start in range(0, len(rows), _ROWS):
+            out[start : start + _ROWS] = self(rows[start : start + _ROWS])
+        return out if scratch is not None else out.view(*x.shape[:-1], self.out_features)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedOutput:
+        return self  # frozen, and torch cannot copy what is laid out
 
 
 def packed_weights(body: nn.Module) -> dict[str, Sample]:

@@ -134,7 +134,8 @@ def avoid_odd_packing(model: nn.Module) -> None:
 
 def replace_layers(model: nn.Module, replacement: Callable[[nn.Module], nn.Module | None]) -> None:
     """Put ``replacement(layer)`` in the place of every layer of ``model`` for which it is not None."""
-    for parent in list(model.modules()):
+    # Layers themselves are not listed: one that is replaced is to be gone at once.
+    for parent in [module for module in model.modules() if any(True for _ in module.children())]:
         for name, child in list(parent.named_children()):
             other = replacement(child)
             if other is not None:

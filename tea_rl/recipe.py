@@ -139,6 +139,11 @@ class Recipe(Group):
                     f"objective.{name} needs data.prompts and a number as head.shortlist_size, got "
                     f"{sources[0]} and {self.head.shortlist_size}; set them, or {name}: 0."
                 )
+        if self.objective.counterfactuals > 0 and self.head.shortlist_size == 1:
+            raise TeaError(
+                "objective.counterfactuals replaces tokens by others of the shortlist and needs head.shortlist_size of at least 2, got 1; "
+                "raise it, or set counterfactuals: 0."
+            )
         if self.objective.expected_gradient > 0 and self.rollout.num_generations == 1:
             raise TeaError(
                 "objective.expected_gradient compares the completions of a prompt and needs rollout.num_generations of at least 2, "

@@ -259,6 +259,19 @@ TOKEN_CREDIT_OBJECTIVES = ("reward_weighted", "reinforce", "ppo")
 OFFLINE_OBJECTIVES = ("cross_entropy", "reward_weighted", "awr", "dpo", "ipo", "kto")
 
 
+#: What only recipes that generate may say, and the value that says nothing: a store in place of the prompts needs it.
+GENERATING = {
+    ("rollout", "early_steps"): 0,
+    ("rollout", "reward_workers"): 0,
+    ("rollout", "reward_timeout"): None,
+    ("rollout", "dynamic_sampling"): 0,
+    ("objective", "replay_steps"): 0,
+    ("objective", "expected_gradient"): 0,
+    ("objective", "counterfactuals"): 0,
+    ("objective", "top_entropy_quantile"): 1,
+}
+
+
 class ObjectiveConfig(Group):
     """What a step optimises, and how far it may go."""
 

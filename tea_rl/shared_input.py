@@ -7,34 +7,41 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 
-class SharedProduct:
+class _Known(NamedTuple):
+    """A product, the input it is of (as it was), and how many layers have not taken their columns."""
+
+    x: Tensor
+    version: int
+    output: Tensor
+    left: int
+
+
+class OneProduct:
     """The first layer that is asked multiplies for all, the others take their columns.
+
+    What is known is replaced as a whole, so that threads which share a model can disturb, but never mislead each other.
 
     Args:
         members: how many layers there are.
     """
 
     def __init__(self, members: int) -> None:
-        self._members, self._left = members, 0
-        self._input: Tensor | None = None
-        self._version = -1
-        self._output: Tensor | None = None
+        self._members = members
+        self._known: _Known | None = None
 
     def columns(self, x: Tensor, start: int, end: int, product: Callable[[Tensor], Tensor]) -> Tensor:
         """``product(x)[..., start:end]``, worked out once while all members are given the same tensor."""
-        version = -1 if x.is_inference() else x._version
-        if self._input is not x or self._version != version or self._output is None:
-            self._input, self._version, self._left = x, version, self._members
-            self._output = product(x)
-        part = self._output[..., start:end]
-        self._left -= 1
-        if self._left == 0:
-            self._input = self._output = None
-        return part
+        # Tensors made in inference mode do not tell that they were changed in place; nothing between siblings does that.
+        version, known = -1 if x.is_inference() else x._version, self._known
+        if known is None or known.x is not x or known.version != version:
+            known = _Known(x, version, product(x), self._members)
+        self._known = known._replace(left=known.left - 1) if known.left > 1 else None
+        return known.output[..., start:end]
 
 
 @contextmanager

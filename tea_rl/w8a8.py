@@ -22,7 +22,7 @@ from tea_rl.errors import TeaError
 from tea_rl.head.scratch import Scratch
 from tea_rl.probe import find_output_layer, output_weight, weight_digest
 from tea_rl.quantization import replace_layers
-from tea_rl.shared_input import SharedProduct, inputs_by_layer, with_same_input
+from tea_rl.shared_input import OneProduct, inputs_by_layer, with_same_input
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -83,7 +83,7 @@ class Int8Group(nn.Module):
         self.register_buffer("weight", quantised)
         self.register_buffer("steps", steps.squeeze(1))
         self.register_buffer("inverse_smoothing", 1 / smoothing)
-        self._shared = SharedProduct(len(weights)) if len(weights) > 1 else None
+        self._shared = OneProduct(len(weights)) if len(weights) > 1 else None
 
     def product(self, x: Tensor, start: int, end: int) -> Tensor:
         """Outputs ``start`` to ``end`` of ``x``: ``(..., K)`` to ``(..., end - start)``, in the dtype of ``x``."""

@@ -1,5 +1,8 @@
 """Weights laid out for a CPU's bfloat16 products: the same numbers, the same digest, no gradients."""
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from tiny import save_tiny
@@ -7,8 +10,11 @@ from tiny import save_tiny
 import tea_rl.packed_linear as packed_linear
 from tea_rl.backbone import load_backbone
 from tea_rl.errors import TeaError
+from tea_rl.head.config import HeadConfig
+from tea_rl.head.layer import TeaHead
 from tea_rl.head.scratch import Scratch
 from tea_rl.packed_linear import PackedGroup, PackedLinear, PackedOutput, can_pack, pack_linear_layers
+from tea_rl.rollout import DecodeSettings, generate
 from tea_rl.states.keys import body_digest
 
 IDS = torch.arange(12).view(2, 6)
@@ -85,7 +91,7 @@ def test_layers_that_read_the_same_input_are_one_product(capable, monkeypatch, b
             torch.testing.assert_close(found, out)
     # What was not asked while they were looked at is alone, and so is what has no bias where the others have one.
     assert len(multiplied) == 3 * (4 if len(set(biases)) == 2 else 3)
-    assert not any(group._shared is not None and group._shared._output is not None for group in multiplied)
+    assert not any(group._shared is not None and group._shared._known is not None for group in multiplied)
 
 
 def test_what_was_asked_once_is_not_the_answer_to_something_else(capable):
@@ -101,8 +107,52 @@ def test_what_was_asked_once_is_not_the_answer_to_something_else(capable):
     torch.testing.assert_close(block.reads[2](x), plain[5])
 
 
+def test_threads_that_share_a_model_get_their_own_products(capable):
+    block = Block().bfloat16().requires_grad_(False)
+    inputs = torch.randn(8, 300, 40, generator=torch.Generator().manual_seed(1)).bfloat16()
+    plain = [[read(x) for read in block.reads] for x in inputs]
+    pack_linear_layers(block, IDS)
+
+    def ask(number):
+        return all(
+            torch.equal(read(inputs[number]), expected)
+            for _ in range(50)
+            for read, expected in zip(block.reads, plain[number], strict=True)
+        )
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(ask, range(8)))
+
+
+def test_a_changed_output_weight_is_the_one_that_counts(capable):
+    layer = torch.nn.Linear(40, 300, dtype=torch.bfloat16).requires_grad_(False)
+    x = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
+    packed = PackedOutput(layer)
+    with torch.no_grad():
+        layer.weight[7] = 1.0
+    torch.testing.assert_close(packed(x), layer(x))
+    packed = PackedOutput(layer)
+    packed.load_state_dict({"weight": layer.weight * 2, "bias": layer.bias})
+    torch.testing.assert_close(packed.logits(x), layer(x).float())
+    packed = PackedOutput(layer).float()
+    torch.testing.assert_close(packed(x.float()), layer.float()(x.float()))
+
+
+def test_a_head_on_a_laid_out_model_is_copied_and_replays(capable, tmp_path):
+    """Rollout, replay and a deep copy, on the layers that a CPU with bfloat16 products gets."""
+    backbone = load_backbone(str(save_tiny("llama", tmp_path)), "bfloat16", device="cpu")
+    assert type(backbone.reference) is PackedOutput
+    for size in (24, "all"):
+        head = TeaHead.for_backbone(backbone, HeadConfig(hidden_sizes=[16], shortlist_size=size))
+        torch.nn.init.normal_(head.members.readout, std=0.1)
+        head.eval()
+        tokens = generate(backbone, head, [[1, 2, 3], [4, 5]], DecodeSettings(4, 6)).tokens
+        for own in (head, copy.deepcopy(head)):
+            torch.testing.assert_close(own.terms(tokens).logps, tokens.logps, atol=0.02, rtol=0)
+
+
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("rows", [1, 5, 64])
+@pytest.mark.parametrize("rows", [1, 5, 64, 600])
 def test_logits_are_those_of_the_plain_output_layer(capable, bias, rows):
     layer = torch.nn.Linear(40, 300, bias=bias, dtype=torch.bfloat16).requires_grad_(False)
     x = torch.randn(rows, 40, generator=torch.Generator().manual_seed(0)).bfloat16()

@@ -3,13 +3,17 @@
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import tea_rl
+import tea_rl.training.sweep as sweep_module
 from tea_rl.cli import app, main
+from tea_rl.cli.train import from_store
 from tea_rl.recipe import load_recipe, schema_markdown
 from tea_rl.rewards import load_rewards
+from tea_rl.training.progress import Listener
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -40,6 +44,22 @@ def test_commands_exist_with_their_options(capsys):
         for option in command[2:]:
             if option.startswith("--"):
                 assert option in page, (command, option)
+
+
+@pytest.mark.parametrize("option", ["train", "sweep"])
+def test_recipes_that_generate_learn_from_a_store_as_well(option, tmp_path, monkeypatch):
+    """Whatever the shipped recipes say of generating is nothing to a store: the commands shown are not refused."""
+    for name in ("quickstart", "arithmetic"):
+        recipe = load_recipe(name, ["rollout.reward_workers=1", "rollout.reward_timeout=9"])
+        settings = load_recipe(name, [*from_store(tmp_path), "objective.name=cross_entropy"])
+        assert settings.offline and recipe.rollout.early_steps + recipe.rollout.dynamic_sampling > 0
+        if option == "sweep":
+            monkeypatch.setattr(sweep_module, "fit_recipe", lambda found, *_: found)
+            recipe.objective.name = "cross_entropy"
+            store = SimpleNamespace(path=tmp_path)
+            grid = {"train.learning_rate": [1e-4, 1e-3]}
+            found = sweep_module.grid_recipes(store, recipe, grid, Listener())
+            assert [one.train.learning_rate for _, one in found] == [1e-4, 1e-3]
 
 
 def test_make_targets_exist():

@@ -93,9 +93,9 @@ def test_an_input_is_let_go_once_all_have_read_it():
     group = Int8Group(group_of(), None)
     x = torch.randn(4, 32)
     group.columns(x, 0, 6)
-    assert group._input is x
+    assert group._shared._known.x is x
     group.columns(x, 6, 9)
-    assert group._input is None and group._output is None
+    assert group._shared._known is None
 
 
 def test_smoothing_is_chosen_where_channels_are_uneven():

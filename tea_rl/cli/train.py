@@ -91,16 +91,7 @@ def train(
     if resume and store is None and not any(text.strip().startswith(_SOURCES) for text in overrides):
         store = _store_of_run(output)
     if store is not None:
-        overrides = [
-            "data.prompts=null",
-            "data.dataset=null",
-            "env.id=null",
-            "objective.expected_gradient=0",  # of recipes that generate, and so are the next ones
-            "objective.counterfactuals=0",
-            "objective.top_entropy_quantile=1",
-            f"data.store={json.dumps(str(store), ensure_ascii=False)}",
-            *overrides,
-        ]
+        overrides = [*from_store(store), *overrides]
     loaded = load_recipe(recipe, overrides)
     output = output or Path("runs") / f"{loaded.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     quiet_transformers()
@@ -118,6 +109,19 @@ def train(
         )
         raise typer.Exit(130)
     _print_outcome(result, loaded.env.id is not None)
+
+
+def from_store(store: Path) -> list[str]:
+    """What makes any recipe one that learns from a store."""
+    from tea_rl.recipe_groups import GENERATING
+
+    return [
+        "data.prompts=null",
+        "data.dataset=null",
+        "env.id=null",
+        *(f"{group}.{name}={json.dumps(value)}" for (group, name), value in GENERATING.items()),
+        f"data.store={json.dumps(str(store), ensure_ascii=False)}",
+    ]
 
 
 def _store_of_run(output: Path | None) -> Path | None:

@@ -90,7 +90,8 @@ def reward_unit(name: str, rewards: Tensor, scale: str = "group") -> float:
         return 1.0
     groups = rewards if name == "grpo" and scale == "group" else rewards.flatten().unsqueeze(0)
     known = [group[~group.isnan()] for group in groups]
-    spreads = [group.std() for group in known if len(group) > 1]
+    # Equal rewards say nothing of the unit; rounding could make their deviation more than 0.
+    spreads = [group.std() for group in known if len(group) > 1 and group.min() < group.max()]
     return float(torch.stack(spreads).mean()) if spreads else 0.0
 
 

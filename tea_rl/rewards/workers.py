@@ -126,10 +126,14 @@ class RewardWorkers:
         return self._pending
 
     def __call__(
-        self, prompts: list[str], completions: list[str], columns: Mapping[str, list[Any]] | None = None
+        self,
+        prompts: list[str],
+        completions: list[str],
+        columns: Mapping[str, list[Any]] | None = None,
+        seed: Sequence[int] = (0,),
     ) -> RewardBatch:
         """Score completions and wait for it: ``submit(...).result()``."""
-        return self.submit(prompts, completions, columns).result()
+        return self.submit(prompts, completions, columns, seed=seed).result()
 
     def close(self) -> None:
         """End all workers, and what they have started; a batch they are busy with is dropped."""

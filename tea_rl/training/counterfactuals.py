@@ -5,10 +5,11 @@ asked: token ``t`` is replaced by another one ``b`` that the policy might have c
 
     change = R(y_1 .. b .. y_T) - R(y_1 .. y_t .. y_T)
 
-A token's own credit is by how much its completion beats those with another token in its place, ``-change`` on the mean: the
-counterfactual baseline of Foerster et al. (2018, COMA, eq. 4), with the reward itself where they fit a critic. Its mean over the
-policy is 0 whatever the rest of the completion is worth, so the luck of the other tokens is not in it. What the rest would have
-become behind another token is not in it either: the completion's advantage keeps the other part (`own_credit`'s caller mixes both).
+A token's own credit is by how much its completion beats those with another token in its place, ``-change`` on the mean: the idea of
+the counterfactual baseline of Foerster et al. (2018, COMA, eq. 4), with the reward itself where they fit a critic. Theirs counts the
+token taken as well and weighs by the policy; here only others are asked, the unlikely ones more often, so that a likely token's
+credit is larger than theirs by ``1 / (1 - pi)`` and the mean over the policy is not 0. The luck of the other tokens is not in it. What the rest
+would have become behind another token is not in it either: the completion's advantage keeps the other part (`tea_rl.training.drawn.credit`).
 
 The last token of a completion that ended by itself stays; an alternative that ends a completion ends it there.
 """
@@ -107,7 +108,7 @@ def _alternatives(
 ) -> Tensor:
     """Another token of the shortlist for each, ``(N,)`` on the CPU."""
     training = head.training
-    head.eval()  # as it was when it sampled
+    head.eval()
     assert tokens.shortlist is not None  # the recipe is checked for it
     logits = head.slot_logits(tokens.states, tokens.shortlist, temperature)[:, :-1].float()
     head.train(training)
@@ -118,7 +119,7 @@ def _alternatives(
 
 def _positions(rollout: Rollout, count: int, generator: torch.Generator) -> list[Tensor]:
     """Tokens to replace in each round: one of every completion that has any, which take turns in random order."""
-    rows, lengths = rollout.tokens.rows.cpu(), rollout.lengths
+    rows, lengths = rollout.tokens.rows.cpu(), rollout.lengths.cpu()
     places = torch.arange(len(rows))
     last = lengths.cumsum(dim=0) - 1
     free = torch.ones(len(rows), dtype=torch.bool)
@@ -132,9 +133,9 @@ def _positions(rollout: Rollout, count: int, generator: torch.Generator) -> list
     return [places[starts[some] + number % sizes[some]] for number in range(count)]
 
 
-def own_credit(edits: Counterfactuals, count: int) -> Tensor:
-    """What each of ``count`` tokens adds to its completion's reward, ``(count,)`` float32; 0 where nothing was asked."""
+def own_credit(edits: Counterfactuals, count: int) -> tuple[Tensor, Tensor]:
+    """What each of ``count`` tokens adds to its completion's reward, float32, and whether it was asked for (0 where not), ``(count,)`` each."""
     total, asked = torch.zeros(count), torch.zeros(count)
     total.index_add_(0, edits.at, -edits.changes)
     asked.index_add_(0, edits.at, torch.ones(len(edits.at)))
-    return total / asked.clamp(min=1)
+    return total / asked.clamp(min=1), asked > 0

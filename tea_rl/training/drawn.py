@@ -117,8 +117,10 @@ def credit(
         teaches = (
             teaches | torch.zeros(len(teaches)).index_add_(0, group[edits.at], edits.changes.abs()).bool()
         )
-        own = own_credit(edits, len(tokens)) / (unit or 1.0)
-        of_token = torch.lerp(of_token, own.to(device), objective.counterfactual_credit)
+        own, asked = own_credit(edits, len(tokens))
+        # A token that was not asked for keeps its completion's advantage.
+        mixed = torch.lerp(of_token, own.to(device) / (unit or 1.0), objective.counterfactual_credit)
+        of_token = torch.where(asked.to(device), mixed, of_token)
     if only_unequal and bool(teaches.any()):
         index = teaches[group].nonzero().squeeze(1).to(device)
         tokens, of_token = tokens.select(index), of_token[index]

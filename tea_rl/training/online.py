@@ -6,10 +6,12 @@ is all that the update reads (DESIGN section 1).
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -269,9 +271,13 @@ class OnlineTrainer(GeneratingLoop):
         prompts = self.training_prompts.take(drawn.chosen).prompts
         of_texts = [prompts[answered] for answered in drawn.rollout.prompt_index.tolist()]
 
+        rounds = itertools.count()
+
         def score_changed(texts: Sequence[str]) -> list[float]:
             self.rewards_asked += len(texts)
-            return score_texts(self.workers or self.rewards, of_texts, texts).total
+            # Workers that draw random numbers draw others in every round.
+            workers = self.workers and partial(self.workers, seed=(*seed, next(rounds)))
+            return score_texts(workers or self.rewards, of_texts, texts).total
 
         with self.clock.stage("reward"):
             return ask(

@@ -23,6 +23,7 @@ from tea_rl.head.layer import TeaHead
 from tea_rl.head.policy import PolicyTerms
 from tea_rl.head.shared import shared_corrections
 from tea_rl.recipe import Recipe, parse_recipe
+from tea_rl.recipe_groups import GENERATING
 from tea_rl.states.relabel import rescore
 from tea_rl.states.store import StateStore
 from tea_rl.training.checkpoint import replace_directory
@@ -176,8 +177,8 @@ def grid_recipes(
     # Only what the recipe says itself: `fit_recipe` takes the rest from the store.
     raw = recipe.model_dump(exclude_unset=True)
     raw["data"].update(prompts=None, dataset=None, store=str(Path(store.path).resolve()))
-    for name in ("expected_gradient", "counterfactuals", "top_entropy_quantile"):  # of recipes that generate
-        raw.get("objective", {}).pop(name, None)
+    for group, name in GENERATING:
+        raw.get(group, {}).pop(name, None)
     combinations: list[tuple[dict[str, Any], Recipe]] = []
     places = list(itertools.product(*(range(len(values)) for values in grid.values())))
     for place in places:

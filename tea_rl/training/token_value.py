@@ -128,12 +128,19 @@ class TokenValue:
         means = torch.zeros(len(names), columns.shape[1]).index_add_(0, at, columns) / sizes.unsqueeze(1)
         columns = columns - means[at]
         features, lengths = columns[:, :-1].unflatten(1, (2, width)), self._known["lengths"]
-        if not lengths.any():
-            lengths += features.norm(dim=2).mean(dim=0).nan_to_num().clamp(min=_TINY)
-        return (features / lengths.unsqueeze(1)).flatten(1), columns[:, -1]
+        if not lengths.any() and len(features):
+            found = features.norm(dim=2).mean(dim=0)
+            if bool((found > _TINY).all()):  # completions that are all alike have no length
+                lengths += found
+        return (features / self._unit_lengths().unsqueeze(1)).flatten(1), columns[:, -1]
+
+    def _unit_lengths(self) -> Tensor:
+        """What features are divided by, ``(2,)``."""
+        lengths = self._known["lengths"]
+        return lengths if lengths.any() else torch.ones_like(lengths)
 
     def _learn_edits(self, tokens: TokenBatch, edits: Counterfactuals) -> None:
-        width, scale = len(self._mean), self._known["lengths"][0]
+        width, scale = len(self._mean), self._unit_lengths()[0]
         parts = zip(
             edits.at.split(_BLOCK), edits.actions.split(_BLOCK), edits.changes.split(_BLOCK), strict=True
         )
@@ -156,7 +163,7 @@ class TokenValue:
     def _values(self, sampled: Tensor) -> Tensor:
         u, v = self._known["direction"].chunk(2)
         # In the weight's own precision: as floats, its rows take twenty times as long.
-        direction = ((u + _STATE_GAIN * v) / self._known["lengths"][0]).to(self._weight)
+        direction = ((u + _STATE_GAIN * v) / self._unit_lengths()[0]).to(self._weight)
         rows = (self._weight @ direction.unsqueeze(1)).squeeze(1).float()
         values = (rows - self._mean @ direction.float()) / self._norms * self._rarity().to(rows.device)
         return values - values[sampled].mean()

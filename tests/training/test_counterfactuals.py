@@ -104,7 +104,8 @@ def test_unknown_rewards_are_left_out(backbone, head):
 
 def test_own_credit_is_what_is_lost_without_the_token():
     edits = Counterfactuals(torch.tensor([0, 2, 2]), torch.tensor([7, 7, 8]), torch.tensor([-1.0, 0.5, 1.5]))
-    assert own_credit(edits, 4).tolist() == [1.0, 0.0, -1.0, 0.0]
+    own, asked = own_credit(edits, 4)
+    assert own.tolist() == [1.0, 0.0, -1.0, 0.0] and asked.tolist() == [True, False, True, False]
 
 
 def test_the_unit_of_credit_is_that_of_advantages():
@@ -120,7 +121,14 @@ def test_the_unit_of_credit_is_that_of_advantages():
         # An advantage times its unit is a difference of rewards.
         difference = (other[0, 1] - other[0, 0]) * unit
         assert difference.item() == pytest.approx(6.0 if name == "rloo" else 4.0, rel=1e-3)
-    assert reward_unit("grpo", rewards) == pytest.approx(rewards[0].std().item() / 2)
+    assert reward_unit("grpo", rewards) == pytest.approx(
+        rewards[0].std().item()
+    )  # the other group is not scaled
+    # Many equal rewards, whose deviation rounding makes more than 0, have no unit; nor do they thin that of others.
+    equal = torch.full((31, 64), 0.1)
+    assert reward_unit("grpo", equal) == reward_unit("ppo", equal) == 0.0
+    one_wrong = torch.tensor([[0.0] + [1.0] * 63])
+    assert reward_unit("grpo", torch.cat([equal, one_wrong])) == pytest.approx(0.125)
     assert reward_unit("grpo", torch.tensor([[math.nan, 1.0], [math.nan, math.nan]])) == 0.0
 
 
@@ -141,7 +149,11 @@ def test_credit_mixes_the_tokens_own_with_its_completions(backbone, head):
     assert torch.equal(
         whole.advantages, credit(drawn_of(rollout), total, ObjectiveConfig(), False).advantages
     )
-    expected = own_credit(edits, len(rollout.tokens)) / own.unit
+    expected, asked_for = own_credit(edits, len(rollout.tokens))
+    assert asked_for.any() and not asked_for.all()
+    expected = torch.where(
+        asked_for, expected / own.unit, whole.advantages
+    )  # the others keep their completion's
     torch.testing.assert_close(own.advantages, expected)
     torch.testing.assert_close(half.advantages, (whole.advantages + own.advantages) / 2)
     assert own.advantages.any()

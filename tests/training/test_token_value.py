@@ -134,6 +134,22 @@ def test_what_cannot_be_told_is_worth_nothing():
         assert critic.correlation == 0
 
 
+def test_a_dull_first_rollout_does_no_harm():
+    """Completions that are all alike tell nothing of how long their features are: later ones do."""
+    fresh, late = TokenValue(vocabulary()), TokenValue(vocabulary())
+    tokens, groups, good = rollout(1)
+    same = tokens.select(torch.arange(len(tokens)))
+    same.actions, same.states = torch.full_like(tokens.actions, 3), torch.ones_like(tokens.states)
+    lengths = torch.bincount(tokens.rows)
+    whole = (
+        lengths[tokens.rows] == lengths.max()
+    )  # sums over equal tokens are alike where completions are equally long
+    late.learn(same.select(whole.nonzero().squeeze(1)), torch.zeros(len(good)), groups)
+    values = [critic.learn(tokens, good, groups) for critic in (fresh, late)]
+    assert torch.isfinite(values[1]).all()
+    assert torch.corrcoef(torch.stack(values))[0, 1] > 0.9
+
+
 def test_what_is_learnt_fades():
     """Good tokens become bad ones: what was said before does not outweigh it for long."""
     critic = TokenValue(vocabulary())
