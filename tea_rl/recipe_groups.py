@@ -341,8 +341,8 @@ class ObjectiveConfig(Group):
         1.0,
         ge=0.0,
         le=1.0,
-        description="Online: share of a rollout's tokens that is learnt from, those where the policy was least sure; the update takes that much less "
-        "time. 0 = one token, 1 = all.",
+        description="Online: share of a rollout's tokens that is learnt from and held by the anchor, those where the policy was least sure; the update takes "
+        "that much less time. 0 = one token, 1 = all.",
     )
     inner_epochs: int = Field(6, ge=1, description="Most passes over one rollout.")
     minibatch_tokens: int = Field(512, ge=1, description="Tokens in one optimizer step, about.")
