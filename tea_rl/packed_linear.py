@@ -43,14 +43,10 @@ class PackedGroup:
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
         self._bias = torch.cat(biases) if biases else None
-        self._shared = OneProduct(len(layers)) if len(layers) > 1 else None
+        self._shared = OneProduct(len(layers))
 
     def columns(self, x: Tensor, start: int, end: int) -> Tensor:
         """Outputs ``start`` to ``end`` of ``x``."""
-        if self._shared is None:
-            return self._product(x)
-        if torch.compiler.is_compiling():  # a compiler sees the common part itself
-            return self._product(x)[..., start:end]
         return self._shared.columns(x, start, end, self._product)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedGroup:
@@ -126,8 +122,6 @@ class PackedOutput(nn.Module):
     def logits(self, x: Tensor, scratch: Scratch | None = None) -> Tensor:
         """`forward` in float32, ``(..., D)`` to ``(..., V)``; with ``scratch`` ``(N, D)`` to ``(N, V)``, in there."""
         rows = x.reshape(-1, x.shape[-1])
-        if len(rows) <= _ROWS and scratch is None:
-            return self(x).float()
         shape = (len(rows), self.out_features)
         out = (
             x.new_empty(shape, dtype=torch.float32)
@@ -137,7 +131,7 @@ class PackedOutput(nn.Module):
         # Never are all of them held in half precision as well.
         for start in range(0, len(rows), _ROWS):
             out[start : start + _ROWS] = self(rows[start : start + _ROWS])
-        return out if scratch is not None else out.view(*x.shape[:-1], self.out_features)
+        return out.view(*x.shape[:-1], self.out_features)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedOutput:
         return self  # frozen, and torch cannot copy what is laid out

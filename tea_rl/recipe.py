@@ -18,6 +18,7 @@ from tea_rl.errors import TeaError
 from tea_rl.head.config import HeadConfig
 from tea_rl.recipe_compare import CompareConfig
 from tea_rl.recipe_groups import (
+    FOR_PROMPTS,
     OFFLINE_OBJECTIVES,
     TOKEN_CREDIT_OBJECTIVES,
     AnchorConfig,
@@ -177,15 +178,10 @@ class Recipe(Group):
                 "rollout.reward_timeout stops a process that computes rewards and needs rollout.reward_workers of at least 1, "
                 "got 0; raise it, or delete reward_timeout."
             )
-        for group, name in (
-            ("rollout", "early_steps"),
-            ("rollout", "reward_workers"),
-            ("rollout", "dynamic_sampling"),
-            ("objective", "replay_steps"),
-        ):
-            if getattr(getattr(self, group), name) > 0 and self.data.prompts is None:
+        for (group, name), silent in FOR_PROMPTS.items():
+            if getattr(getattr(self, group), name) != silent and self.data.prompts is None:
                 raise TeaError(
-                    f"{group}.{name} is for completions of prompts and needs data.prompts, got {sources[0]}; set {name}: 0."
+                    f"{group}.{name} is for completions of prompts and needs data.prompts, got {sources[0]}; set {name}: {silent}."
                 )
         if self.rollout.top_p < 1 or self.rollout.top_k > 0:
             raise TeaError(

@@ -259,8 +259,8 @@ TOKEN_CREDIT_OBJECTIVES = ("reward_weighted", "reinforce", "ppo")
 OFFLINE_OBJECTIVES = ("cross_entropy", "reward_weighted", "awr", "dpo", "ipo", "kto")
 
 
-#: What only recipes that generate may say, and the value that says nothing: a store in place of the prompts needs it.
-GENERATING = {
+#: What only recipes with prompts may say, and the value that says nothing.
+FOR_PROMPTS: dict[tuple[str, str], int | None] = {
     ("rollout", "early_steps"): 0,
     ("rollout", "reward_workers"): 0,
     ("rollout", "reward_timeout"): None,
@@ -268,8 +268,9 @@ GENERATING = {
     ("objective", "replay_steps"): 0,
     ("objective", "expected_gradient"): 0,
     ("objective", "counterfactuals"): 0,
-    ("objective", "top_entropy_quantile"): 1,
 }
+#: The same for recipes that generate, in environments as well: a store in their place must not hear of it.
+GENERATING = {**FOR_PROMPTS, ("objective", "top_entropy_quantile"): 1}
 
 
 class ObjectiveConfig(Group):

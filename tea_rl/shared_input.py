@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 
@@ -36,6 +37,8 @@ class OneProduct:
 
     def columns(self, x: Tensor, start: int, end: int, product: Callable[[Tensor], Tensor]) -> Tensor:
         """``product(x)[..., start:end]``, worked out once while all members are given the same tensor."""
+        if torch.compiler.is_compiling():  # a compiler sees the common part itself
+            return product(x)[..., start:end]
         # Tensors made in inference mode do not tell that they were changed in place; nothing between siblings does that.
         version, known = -1 if x.is_inference() else x._version, self._known
         if known is None or known.x is not x or known.version != version:

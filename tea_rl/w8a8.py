@@ -83,7 +83,7 @@ class Int8Group(nn.Module):
         self.register_buffer("weight", quantised)
         self.register_buffer("steps", steps.squeeze(1))
         self.register_buffer("inverse_smoothing", 1 / smoothing)
-        self._shared = OneProduct(len(weights)) if len(weights) > 1 else None
+        self._shared = OneProduct(len(weights))
 
     def product(self, x: Tensor, start: int, end: int) -> Tensor:
         """Outputs ``start`` to ``end`` of ``x``: ``(..., K)`` to ``(..., end - start)``, in the dtype of ``x``."""
@@ -115,7 +115,9 @@ class Int8Group(nn.Module):
 
     def columns(self, x: Tensor, start: int, end: int) -> Tensor:
         """`product`, worked out once for all members while they are given the same tensor."""
-        if self._shared is None or torch.compiler.is_compiling():  # a compiler sees the common part itself
+        if (
+            torch.compiler.is_compiling()
+        ):  # a compiler sees the common part itself, and takes its own columns only
             return self.product(x, start, end)
         return self._shared.columns(x, start, end, lambda rows: self.product(rows, 0, len(self.weight)))
 

@@ -197,10 +197,10 @@ class OnlineTrainer(GeneratingLoop):
         tokens = TokenBatch.join([one.tokens for one in useful])
         advantages = torch.cat([one.advantages for one in useful])
         share = self.recipe.objective.top_entropy_quantile
-        if share < 1:
-            kept = forking_tokens(tokens.entropy, share)
-            tokens, advantages = tokens.select(kept), advantages[kept]
         with self.clock.stage("update"):
+            if share < 1:
+                kept = forking_tokens(tokens.entropy, share)
+                tokens, advantages = tokens.select(kept), advantages[kept]
             values = self._token_values(step, drawn.rollout, credited[0])
             report = self.learner.update(tokens, advantages, generator, values, self.replay.batches)
         self.replay.add(tokens, advantages)

@@ -121,9 +121,8 @@ def test_the_unit_of_credit_is_that_of_advantages():
         # An advantage times its unit is a difference of rewards.
         difference = (other[0, 1] - other[0, 0]) * unit
         assert difference.item() == pytest.approx(6.0 if name == "rloo" else 4.0, rel=1e-3)
-    assert reward_unit("grpo", rewards) == pytest.approx(
-        rewards[0].std().item()
-    )  # the other group is not scaled
+    # The other group is not scaled.
+    assert reward_unit("grpo", rewards) == pytest.approx(rewards[0].std().item())
     # Many equal rewards, whose deviation rounding makes more than 0, have no unit; nor do they thin that of others.
     equal = torch.full((31, 64), 0.1)
     assert reward_unit("grpo", equal) == reward_unit("ppo", equal) == 0.0
@@ -151,9 +150,8 @@ def test_credit_mixes_the_tokens_own_with_its_completions(backbone, head):
     )
     expected, asked_for = own_credit(edits, len(rollout.tokens))
     assert asked_for.any() and not asked_for.all()
-    expected = torch.where(
-        asked_for, expected / own.unit, whole.advantages
-    )  # the others keep their completion's
+    # The others keep their completion's.
+    expected = torch.where(asked_for, expected / own.unit, whole.advantages)
     torch.testing.assert_close(own.advantages, expected)
     torch.testing.assert_close(half.advantages, (whole.advantages + own.advantages) / 2)
     assert own.advantages.any()

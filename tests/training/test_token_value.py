@@ -141,9 +141,8 @@ def test_a_dull_first_rollout_does_no_harm():
     same = tokens.select(torch.arange(len(tokens)))
     same.actions, same.states = torch.full_like(tokens.actions, 3), torch.ones_like(tokens.states)
     lengths = torch.bincount(tokens.rows)
-    whole = (
-        lengths[tokens.rows] == lengths.max()
-    )  # sums over equal tokens are alike where completions are equally long
+    # Sums over equal tokens are alike where completions are equally long.
+    whole = lengths[tokens.rows] == lengths.max()
     late.learn(same.select(whole.nonzero().squeeze(1)), torch.zeros(len(good)), groups)
     values = [critic.learn(tokens, good, groups) for critic in (fresh, late)]
     assert torch.isfinite(values[1]).all()
