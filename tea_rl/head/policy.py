@@ -27,7 +27,7 @@ MASKED = -1e30
 #: Rows gathered at a time; larger blocks fall out of the processor's cache.
 _GATHER_ROWS = 64
 #: Numbers of which only the largest is looked at first, see `largest`.
-_BUNDLE = 16
+_BUNDLE = 8
 
 
 class PolicyTerms(NamedTuple):
@@ -88,7 +88,7 @@ def build_shortlist(logits: Tensor, size: int, scratch: Scratch | None = None) -
 
 
 def largest(logits: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """``logits.topk(size)``, 1.5 to 3 times as fast: only among the bundles of tokens whose best ones are the best.
+    """``logits.topk(size)``, in three quarters to half of its time where rows are many: only bundles whose best token is among the best.
 
     Shape:
         logits ``(N, V)``; returns ``(N, size)`` twice, values in falling order and their columns.
@@ -98,10 +98,8 @@ def largest(logits: Tensor, size: int) -> tuple[Tensor, Tensor]:
     if bundles <= size:
         return logits.topk(size, dim=-1)
     bundled = bundles * _BUNDLE
-    # A bundle's tokens stand far apart, so that the maximum runs along whole rows.
-    best = (
-        logits[:, :bundled].view(rows, _BUNDLE, bundles).amax(dim=1).topk(size, dim=-1, sorted=False).indices
-    )
+    # A bundle's tokens stand far apart, so that the maximum runs along whole rows. The best bundles are found in the same way.
+    best = largest(logits[:, :bundled].view(rows, _BUNDLE, bundles).amax(dim=1), size)[1]
     members = torch.arange(0, bundled, bundles, device=logits.device).view(1, _BUNDLE, 1)
     left = torch.arange(bundled, vocabulary, device=logits.device).expand(rows, -1)
     columns = torch.cat([(best.unsqueeze(1) + members).flatten(1), left], dim=1)
