@@ -19,8 +19,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 #: The name under which transformers knows it, made of the one that it stands in for.
 NAME = "tea_rl_sdpa"
+#: Attribute of a key tensor: the layer of a cache that works attention out by itself (`tea_rl.rollout.shared_prefix`).
+OWNER = "_tea_rl_owner"
 #: Arguments of it that only the original one serves.
 _SPECIAL = ("position_bias", "softcap", "cache")
+
+
+class UnservedAttention(Exception):
+    """A kind of attention that the layer of a cache which should work it out does not know."""
 
 
 def use_grouped_attention(model: PreTrainedModel) -> None:
@@ -36,12 +42,20 @@ def grouped_attention(
 ) -> tuple[Tensor, None]:
     """``sdpa`` of transformers, where no gradient is wanted by whatever is fastest.
 
-    A token a row: `newest_attention`. More of them: the kernel's own grouping where a mask is given, else the original.
+    Where the cache's layer works it out by itself, it is asked. A token a row: `newest_attention`. More of them: the kernel's own grouping where a mask is given, else the original.
 
     Shape:
         query ``(B, H, T, W)``; key and value ``(B, G, S, W)``; attention_mask ``(B, 1 or H, T, S)``; returns ``(B, T, H, W)``.
+
+    Raises:
+        UnservedAttention: if the layer that should work it out cannot.
     """
     special = any(kwargs.get(name) is not None for name in _SPECIAL) or kwargs.get("dropout", 0.0) > 0.0
+    owner = getattr(key, OWNER, None)
+    if owner is not None:
+        if special or query.shape[2] != 1:
+            raise UnservedAttention
+        return owner.attend(query, attention_mask, kwargs.get("scaling")), None
     if not (special or query.requires_grad):
         scale, grouped = kwargs.get("scaling"), key.shape[1] != query.shape[1]
         if query.shape[2] == 1 and (grouped or query.dtype != torch.float32):

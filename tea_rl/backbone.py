@@ -85,6 +85,8 @@ class Backbone:
         self._wrapper: ContextWrapper | None = None
         #: Key, cache and running means of the prefix that the newest batch of prompts shared; the decode loop's.
         self.newest_prefix: tuple[Any, Any, ContextState | None] | None = None
+        #: Whether rows may share their prompt's keys and values; None: not asked yet. `tea_rl.rollout.shared_prefix` finds out.
+        self.shares_prefixes: bool | None = None
 
     @property
     def body(self) -> nn.Module:

@@ -209,13 +209,17 @@ class PackedMembers(PackedFeatures):
         """
         with self._products(hidden_states):
             features = self._features(hidden_states, returns)
-            features = features * self._member_scales(hidden_states.device).to(features.dtype)
-            out = (features.transpose(0, 1).flatten(1) @ self.readout.t()).float()
+            scales, common = self._member_scales(hidden_states.device), 1.0
+            if isinstance(scales, float):
+                common = scales  # of the result, which is smaller
+            else:
+                features = features * scales.to(features.dtype)
+            out = F.linear(features.transpose(0, 1).flatten(1), self.readout).float() * common
             shift = out[:, -1] * TAIL_SHIFT_GAIN
             if self.config.readout == "tied":
                 return out[:, :-1], shift
             codes = (features @ self.rank_readout).float()
-        return codes.transpose(0, 1).flatten(1) * VOCAB_READOUT_GAIN, shift
+        return codes.transpose(0, 1).flatten(1) * (common * VOCAB_READOUT_GAIN), shift
 
     def corrections_per_member(
         self, hidden_states: Tensor, returns: Tensor | None = None
@@ -240,15 +244,15 @@ class PackedMembers(PackedFeatures):
         own = torch.eye(num_members, device=codes.device)[:, None, :, None]
         return (codes * own).flatten(2), shift
 
-    def _member_scales(self, device: torch.device) -> Tensor:
-        """``(K, 1, 1)`` weights of the members: aggregation, and member dropout while training."""
+    def _member_scales(self, device: torch.device) -> Tensor | float:
+        """Weights of the members, ``(K, 1, 1)`` or one for all: aggregation, and member dropout while training."""
         num_members = self.config.num_members
-        alive = torch.ones(num_members, device=device)
-        if self.training and self.config.member_dropout > 0.0:
-            alive = (torch.rand(num_members, device=device) >= self.config.member_dropout).float()
-            if not alive.any():
-                alive[torch.randint(num_members, (), device=device)] = 1.0
         total = float(num_members) if self.config.aggregation == "sum" else 1.0
+        if not self.training or self.config.member_dropout == 0.0:
+            return total / num_members
+        alive = (torch.rand(num_members, device=device) >= self.config.member_dropout).float()
+        if not alive.any():
+            alive[torch.randint(num_members, (), device=device)] = 1.0
         return (alive * (total / alive.sum())).view(-1, 1, 1)
 
 

@@ -107,7 +107,7 @@ def generate(
     at = torch.arange(len(prompts), device=backbone.device).repeat_interleave(settings.num_generations)
     with clock.stage("prefill"):
         start = prefill(backbone, prompts, ContextState.begin(head.config.context))
-        sequences = Sequences(backbone, start, at, settings.max_new_tokens)
+        sequences = Sequences(backbone, start, at, settings.max_new_tokens, share=True)
     finished = torch.zeros(len(row_keys), dtype=torch.bool, device=backbone.device)
     steps: list[TokenBatch] = []
     num_states, scratch = 0, Scratch()

@@ -15,6 +15,7 @@ from tea_rl.backbone import Backbone
 from tea_rl.head.config import ContextConfig
 from tea_rl.head.context import ContextState
 from tea_rl.rollout.cache import CachedRow, cut_row, pack_rows, preallocate, select_rows
+from tea_rl.rollout.shared_prefix import Readers, share_prefix, worth_sharing
 
 #: A batch is compacted when at least this share of its rows has finished; compacting copies the cache.
 _COMPACT_SHARE = 0.125
@@ -51,6 +52,7 @@ class Sequences:
         start: the distinct sequences so far.
         at: which of them each of the ``N`` completions has, ``(N,)``.
         room: tokens that `advance` may append.
+        share: whether rows may share what the cache holds of long prompts; nothing can be `cut` then.
 
     Attributes:
         rows: completions that still grow, ``(N,)``.
@@ -59,11 +61,17 @@ class Sequences:
         tokens_run: token positions of all rows that went through the backbone, the start's included.
     """
 
-    def __init__(self, backbone: Backbone, start: Prefilled, at: Tensor, room: int) -> None:
+    def __init__(
+        self, backbone: Backbone, start: Prefilled, at: Tensor, room: int, share: bool = False
+    ) -> None:
         self.backbone, self.at = backbone, at
         self.states, mask, self.cache, self.context, self.tokens_run = start
         self.length = mask.shape[1]
-        preallocate(self.cache, self.length + room)
+        self._readers: Readers | None = None
+        if share and attends_to_all(backbone) and worth_sharing(backbone, mask, len(at)):
+            self._readers = share_prefix(self.cache, mask, room)
+        else:
+            preallocate(self.cache, self.length + room)
         self.mask = torch.cat([mask, mask.new_ones(len(mask), room)], dim=1)
         self.positions = mask.sum(dim=1, keepdim=True)
         self.rows = torch.arange(len(at), device=mask.device)
@@ -76,6 +84,8 @@ class Sequences:
         parents, tokens = distinct // self.backbone.vocab_size, distinct % self.backbone.vocab_size
         if self._must_rearrange(parents):
             select_rows(self.cache, parents)
+            if self._readers is not None:
+                self._readers.select(parents)
             if self.context is not None:
                 self.context.select_rows(parents)
             self.mask, self.positions, self.at = self.mask[parents], self.positions[parents], which

@@ -1,0 +1,124 @@
+"""Attention worked out by the cache, prompts held once: the same states as without, wherever a model lets it be."""
+
+import pytest
+import torch
+from test_decode import completions, encode, trained_head, transformers_generate
+from tiny import SUPPORTED
+
+from tea_rl.rollout import DecodeSettings, generate, shared_prefix
+from tea_rl.rollout.shared_prefix import Readers, SharedPrefixLayer
+
+LONG = [
+    "A prompt that is long enough for its keys to be held once for all of its completions",
+    "Another one, which is somewhat shorter than the first but long all the same",
+    "And a third: " + "many words " * 5,
+]
+#: Those whose attention may be divided: full attention in every layer, positions given, nothing added to the scores.
+DIVISIBLE = {
+    "llama",
+    "llama_untied",
+    "qwen2",
+    "qwen3",
+    "gpt2",
+    "gpt_neox",
+    "opt",
+    "gemma",
+    "cohere",
+    "granite",
+}
+
+
+@pytest.fixture
+def attended(monkeypatch):
+    """Rows of every call of `SharedPrefixLayer.attend`."""
+    rows = []
+    original = SharedPrefixLayer.attend
+    monkeypatch.setattr(
+        SharedPrefixLayer,
+        "attend",
+        lambda self, query, *given: (rows.append(len(query)), original(self, query, *given))[1],
+    )
+    return rows
+
+
+@pytest.mark.parametrize("family", sorted(SUPPORTED))
+def test_states_are_those_of_a_plain_pass(backbones, family, attended):
+    backbone = backbones(family)
+    head, prompts = trained_head(backbone), encode(backbone, LONG)
+    result = generate(backbone, head, prompts, DecodeSettings(num_generations=5, max_new_tokens=12))
+    assert (family in DIVISIBLE) == bool(attended and max(attended) > len(LONG))
+    for row in range(len(result.texts)):
+        prompt, completion = prompts[result.prompt_index[row]], result.token_ids(row).tolist()
+        ids = torch.tensor([prompt + completion])
+        states = backbone.forward(ids, attention_mask=torch.ones_like(ids))[0, len(prompt) - 1 : -1]
+        found = result.tokens.states[result.tokens.rows == row]
+        torch.testing.assert_close(found, states, atol=1e-5, rtol=1e-4)
+
+
+def test_greedy_and_samples_beside_each_other(backbones, attended):
+    """Rows part, end at different times and leave; greedy ones write what transformers does."""
+    backbone = backbones("llama")
+    head, prompts = trained_head(backbone), encode(backbone, LONG)
+    free = generate(backbone, head, prompts, DecodeSettings(4, 20, greedy_last=True))
+    before, backbone.eos_token_ids = (
+        backbone.eos_token_ids,
+        (free.token_ids(3)[9].item(), free.token_ids(4)[2].item(), 1),
+    )
+    try:
+        ours = generate(backbone, head, prompts, DecodeSettings(4, 20, greedy_last=True))
+        wanted = transformers_generate(
+            backbone, head, LONG, max_new_tokens=20, eos_token_id=list(backbone.eos_token_ids)
+        )
+        assert completions(ours)[3::4] == wanted
+        few = generate(
+            backbone, head, prompts[1:2], DecodeSettings(2, 20), prompt_keys=[1]
+        )  # too few to share
+        assert completions(few) == completions(ours)[4:6]
+    finally:
+        backbone.eos_token_ids = before
+    assert min(ours.lengths) < max(ours.lengths)
+    assert len(set(attended)) > 2
+
+
+def test_short_prompts_and_few_completions_are_copied(backbones, attended):
+    backbone = backbones("llama")
+    head = trained_head(backbone)
+    generate(backbone, head, encode(backbone, ["short"]), DecodeSettings(8, 4))
+    generate(backbone, head, encode(backbone, LONG), DecodeSettings(2, 4))
+    assert not attended
+
+
+def test_a_model_that_touches_its_keys_is_left_alone(backbones, monkeypatch):
+    backbone, original = backbones("llama"), SharedPrefixLayer.update
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            SharedPrefixLayer,
+            "update",
+            lambda self, *given: tuple(part.clone() for part in original(self, *given)),
+        )
+        assert not shared_prefix._divides_attention(backbone)
+    assert shared_prefix._divides_attention(backbone)
+    # Attention that is divided and wrong is found out as well.
+    monkeypatch.setattr(SharedPrefixLayer, "attend", _without_own)
+    assert not shared_prefix._divides_attention(backbone)
+
+
+def _without_own(self, query, mask, scale):  # noqa: ARG001
+    return torch.zeros(query.shape).transpose(1, 2)
+
+
+@pytest.mark.parametrize("prompt", [[0, 0, 1, 1], [0, 1, 1, 1, 3], [3], [2, 2, 0]])
+def test_rows_find_their_way_back(prompt):
+    readers = Readers(torch.ones(4, 3))
+    readers.select(torch.tensor(prompt))
+    rows = torch.arange(float(len(prompt))).unsqueeze(1)
+    placed = readers.by_prompt(rows)
+    assert placed.shape[:2] == (4, max(prompt.count(number) for number in range(4)))
+    assert torch.equal(readers.by_row(placed), rows)
+    for number in range(4):
+        own = {float(row) for row, of in enumerate(prompt) if of == number}
+        assert own <= set(placed[number].flatten().tolist())
+    # Chosen again: the second row's prompt twice.
+    readers.select(torch.tensor([len(prompt) // 2] * 2))
+    twice = torch.tensor([[5.0], [6.0]])
+    assert torch.equal(readers.by_row(readers.by_prompt(twice)), twice)
