@@ -1,12 +1,14 @@
 """Attention on a CPU that reads the keys and values of grouped heads where they lie, and does not wait for a slow kernel.
 
 With a mask, transformers copies them for every head of a group first, because kernels of other devices need that; a CPU's does
-not. For one new token a row that kernel is slow, in half precision most of all: two batched products take its place.
+not. For one new token a row that kernel is slow, in half precision most of all unless it multiplies in tiles: two batched products
+take its place.
 """
 
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from tea_rl.devices import cpu_has_tiles
 
 #: The name under which transformers knows it, made of the one that it stands in for.
 NAME = "tea_rl_sdpa"
@@ -42,7 +46,8 @@ def grouped_attention(
 ) -> tuple[Tensor, None]:
     """``sdpa`` of transformers, where no gradient is wanted by whatever is fastest.
 
-    Where the cache's layer works it out by itself, it is asked. A token a row: `newest_attention`. More of them: the kernel's own grouping where a mask is given, else the original.
+    Where the cache's layer works it out by itself, it is asked. A token a row: `newest_attention`, unless `kernel_is_fast`. Else the
+    kernel's own grouping where heads are grouped and transformers would copy them, or the original.
 
     Shape:
         query ``(B, H, T, W)``; key and value ``(B, G, S, W)``; attention_mask ``(B, 1 or H, T, S)``; returns ``(B, T, H, W)``.
@@ -58,7 +63,11 @@ def grouped_attention(
         return owner.attend(query, attention_mask, kwargs.get("scaling")), None
     if not (special or query.requires_grad):
         scale, grouped = kwargs.get("scaling"), key.shape[1] != query.shape[1]
-        if query.shape[2] == 1 and (grouped or query.dtype != torch.float32):
+        if (
+            query.shape[2] == 1
+            and (grouped or query.dtype != torch.float32)
+            and not kernel_is_fast(query.dtype)
+        ):
             return newest_attention(query, key, value, attention_mask, scale), None
         if attention_mask is not None and grouped:
             out = F.scaled_dot_product_attention(
@@ -66,6 +75,12 @@ def grouped_attention(
             )
             return out.transpose(1, 2).contiguous(), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+@cache
+def kernel_is_fast(dtype: torch.dtype) -> bool:
+    """Whether torch's kernel serves one new token a row well here. (Measured: see benchmarks/LOG.md.)"""
+    return dtype == torch.bfloat16 and cpu_has_tiles()
 
 
 def newest_attention(

@@ -60,6 +60,11 @@ def cpu_has_bfloat16() -> bool:
     return any(getattr(torch.cpu, name, bool)() for name in checks)
 
 
+def cpu_has_tiles() -> bool:
+    """Whether this CPU multiplies bfloat16 in tiles (AMX), which torch's attention kernel uses."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)()) and cpu_has_bfloat16()
+
+
 def product_dtype(weight: torch.Tensor) -> torch.dtype:
     """Number format for the products of a head that reads what feeds ``weight``, a part of the backbone.
 

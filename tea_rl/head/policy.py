@@ -113,13 +113,21 @@ def sample_slots(slot_logits: Tensor, uniforms: Tensor) -> Tensor:
     Shape:
         slot_logits ``(N, C)``; uniforms ``(N,)`` in [0, 1); returns ``(N,)`` int64 slots.
     """
-    # Double precision: a float32 running sum over a whole vocabulary is off by more than the rarest tokens weigh.
-    exact = torch.float64 if slot_logits.device.type != "mps" else torch.float32  # MPS has nothing finer
-    cdf = torch.softmax(slot_logits.to(exact), dim=-1).cumsum(dim=-1)
+    return sample_columns(torch.softmax(slot_logits.to(_exact(slot_logits)), dim=-1), uniforms)
+
+
+def sample_columns(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """The same from weights that need not sum to 1, ``(N, C)``."""
+    cdf = weights.cumsum(dim=-1, dtype=_exact(weights))
     total = cdf[:, -1:].contiguous()
-    slots = torch.searchsorted(cdf, uniforms.to(exact).unsqueeze(1) * total, right=True)
+    slots = torch.searchsorted(cdf, uniforms.to(cdf.dtype).unsqueeze(1) * total, right=True)
     # A product that rounds up to the total itself belongs to the last slot with any probability.
     return torch.minimum(slots, torch.searchsorted(cdf, total)).squeeze(1)
+
+
+def _exact(numbers: Tensor) -> torch.dtype:
+    """Format of running sums: one of float32 over a whole vocabulary is off by more than the rarest tokens weigh."""
+    return torch.float64 if numbers.device.type != "mps" else torch.float32  # MPS has nothing finer
 
 
 def action_logps(slot_logps: Tensor, slots: Tensor, within_tail_logps: Tensor) -> Tensor:

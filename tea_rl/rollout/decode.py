@@ -21,7 +21,7 @@ from tea_rl.backbone import Backbone
 from tea_rl.errors import TeaError
 from tea_rl.head.context import ContextState
 from tea_rl.head.layer import TeaHead
-from tea_rl.head.policy import Shortlist, action_logps, build_shortlist, entropy, sample_slots
+from tea_rl.head.policy import Shortlist, action_logps, build_shortlist, entropy, sample_columns, sample_slots
 from tea_rl.head.scratch import Scratch
 from tea_rl.objectives.anchor import divergence
 from tea_rl.rollout.sequences import Sequences, prefill
@@ -307,9 +307,10 @@ def _slots_to_tokens(
     actions = listed.gather(1, slots.clamp(max=size - 1).unsqueeze(1)).squeeze(1)
     in_tail = (slots == size).nonzero().squeeze(1)
     if len(in_tail):
-        probs = tail_probs[at[in_tail]]
-        sampled = sample_slots(probs.log(), uniforms[in_tail])
-        chosen = torch.where(greedy[in_tail], probs.argmax(dim=-1), sampled)
+        probs, likeliest = tail_probs[at[in_tail]], greedy[in_tail]
+        chosen = sample_columns(probs, uniforms[in_tail])
+        if bool(likeliest.any()):
+            chosen = torch.where(likeliest, probs.argmax(dim=-1), chosen)
         actions[in_tail] = chosen
         within_tail[in_tail] = probs.gather(1, chosen.unsqueeze(1)).squeeze(1).log()
     return actions, within_tail

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from tea_rl.attention import NAME, OWNER, UnservedAttention
+from tea_rl.attention import NAME, OWNER, UnservedAttention, kernel_is_fast
 from tea_rl.backbone import Backbone
 
 #: Prompts shorter than this, or with fewer rows each, are cheaper to copy. (Measured: see benchmarks/LOG.md.)
@@ -83,7 +83,7 @@ class Readers:
 class SharedPrefixLayer(DynamicLayer):
     """One layer's keys and values of prompts, held once, and room for what each row appends, one token at a time.
 
-    In float32: what is shared takes little room, and is not converted at every step.
+    Where torch's kernel is slow they are kept in float32: what is shared takes little room, and is not converted at every step.
 
     Args:
         prompts: the prefilled layer.
@@ -96,16 +96,16 @@ class SharedPrefixLayer(DynamicLayer):
         keys, values = prompts.keys, prompts.values
         self.lazy_initialization(keys, values)
         self._readers, self._own = readers, 0
-        self._prompt_keys = keys.float().transpose(2, 3).contiguous()
-        self._prompt_values = values.float()
+        if not kernel_is_fast(keys.dtype):  # products read the keys column by column
+            keys, values = keys.float().transpose(2, 3).contiguous().transpose(2, 3), values.float()
+        self._prompt_keys, self._prompt_values = keys, values
         self._keys, self._values = (
-            part.new_empty(*part.shape[:2], room, part.shape[3], dtype=torch.float32)
-            for part in (keys, values)
+            part.new_empty(*part.shape[:2], room, part.shape[3]) for part in (keys, values)
         )
 
     def get_seq_length(self) -> int:
         """Tokens of a row, its prompt and padding included."""
-        return self._prompt_keys.shape[-1] + self._own
+        return self._prompt_keys.shape[-2] + self._own
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -134,21 +134,31 @@ class SharedPrefixLayer(DynamicLayer):
             raise UnservedAttention
         rows, heads, _, width = query.shape
         groups, most = self._prompt_keys.shape[1], self._readers.most
-        asked = query.reshape(rows, groups, heads // groups, width).float() * (scale or 1 / math.sqrt(width))
+        scale = scale or 1 / math.sqrt(width)
+        asked = query.reshape(rows, groups, heads // groups, width)
 
-        together = self._readers.by_prompt(asked).transpose(1, 2)  # (P, G, M, H / G, W)
-        far = _weighed(together.flatten(2, 3) @ self._prompt_keys, self._readers.bias, self._prompt_values)
+        together = self._readers.by_prompt(asked).transpose(1, 2).flatten(2, 3)  # (P, G, M * H / G, W)
+        far = _weighed(together, self._prompt_keys, self._prompt_values, self._readers.bias, scale)
         far = self._readers.by_row(far.unflatten(2, (most, -1)).transpose(1, 2))
-
-        keys, values = self._keys[:, :, : self._own], self._values[:, :, : self._own]
-        near = _weighed(asked @ keys.transpose(2, 3), None, values)
+        own = slice(0, self._own)
+        near = _weighed(asked, self._keys[:, :, own], self._values[:, :, own], None, scale)
         share = torch.sigmoid(far[..., -1:] - near[..., -1:])
         out = torch.lerp(near[..., :-1], far[..., :-1], share)
         return out.to(query.dtype).view(rows, 1, heads, width)
 
 
-def _weighed(scores: Tensor, bias: Tensor | None, values: Tensor) -> Tensor:
-    """Mean of the values under the scores' softmax and, last, the log of their mass: ``(..., W + 1)``."""
+def _weighed(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Mean of the values under the scores' softmax and, last, the log of their mass, ``(..., T, W + 1)`` float32.
+
+    Shape:
+        query ``(..., T, W)``; keys and values ``(..., S, W)``; bias, added to the scores, ``(..., 1, S)`` float32.
+    """
+    if keys.dtype != torch.float32:
+        out, mass = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, keys, values, attn_mask=bias, scale=scale
+        )
+        return torch.cat([out.float(), mass.unsqueeze(-1)], dim=-1)
+    scores = (query.float() * scale) @ keys.transpose(-1, -2)
     if bias is not None:
         scores = scores + bias
     mass = scores.logsumexp(dim=-1, keepdim=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
 
 from tea_rl.errors import TeaError
@@ -66,7 +67,10 @@ class HeadOptimizer:
 
     def follow_gradients(self, loss: Tensor) -> float:
         """`descend` once the gradients of ``loss`` are there."""
-        norm = torch.nn.utils.clip_grad_norm_(self.head.trainable_parameters(), self.train.max_grad_norm)
+        parameters = self.head.trainable_parameters()
+        norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        if norm > self.train.max_grad_norm:  # where nothing is clipped, nothing is written
+            clip_grads_with_norm_(parameters, self.train.max_grad_norm, norm)
         if torch.isfinite(loss) and torch.isfinite(norm):
             self.optimizer.step()
             self.skipped_in_a_row = 0

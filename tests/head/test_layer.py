@@ -138,7 +138,7 @@ def test_member_dropout_keeps_one_and_the_scale():
         assert 1 <= survivors <= 4
         assert scales.sum().item() == pytest.approx(4.0)
     members.eval()
-    assert torch.equal(members._member_scales(torch.device("cpu")).flatten(), torch.ones(4))
+    assert members._member_scales(torch.device("cpu")) == 1.0
 
 
 def test_random_widths_have_the_stated_mean_and_floor():
