@@ -81,6 +81,32 @@ def test_one_new_token_a_row(heads, groups, rows, kind):
     torch.testing.assert_close(default.transpose(1, 2), wanted)
 
 
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_kernel_serves_one_new_token_where_it_is_fast(monkeypatch, fast, masked):
+    asked = []
+    monkeypatch.setattr(attention, "kernel_is_fast", lambda dtype: dtype == torch.bfloat16 and fast)
+    monkeypatch.setattr(
+        attention, "newest_attention", lambda *given: (asked.append(given), newest_attention(*given))[1]
+    )
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 2, True
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(3, 4, 1, 16, generator=generator)
+    key, value = (torch.randn(3, 2, 6, 16, generator=generator) for _ in range(2))
+    seen = torch.ones(3, 1, 1, 6, dtype=torch.bool)
+    seen[0, :, :, :2] = False
+    mask = seen if masked else None
+    half = [part.bfloat16() for part in (query, key, value)]
+    exact = [half[0].float(), *(part.float().repeat_interleave(2, dim=1) for part in half[1:])]
+    wanted = torch.nn.functional.scaled_dot_product_attention(*exact, attn_mask=mask, scale=0.3)
+    found, _ = grouped_attention(module, *half, mask, scaling=0.3)
+    assert found.shape == (3, 1, 4, 16) and len(asked) == (not fast)
+    torch.testing.assert_close(found.transpose(1, 2).float(), wanted, atol=0.02, rtol=0.02)
+    grouped_attention(module, query, key, value, mask, scaling=0.3)  # in float32 never
+    assert len(asked) == 1 + (not fast)
+
+
 def test_scores_of_half_precision_are_not_rounded():
     # Scores of about 30 are 0.1 apart in bfloat16, and so are the logarithms of weights made of rounded ones.
     generator = torch.Generator().manual_seed(0)

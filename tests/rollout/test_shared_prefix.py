@@ -3,8 +3,9 @@
 import pytest
 import torch
 from test_decode import completions, encode, trained_head, transformers_generate
-from tiny import SUPPORTED
+from tiny import SUPPORTED, save_tiny
 
+from tea_rl.backbone import load_backbone
 from tea_rl.rollout import DecodeSettings, generate, shared_prefix
 from tea_rl.rollout.shared_prefix import Readers, SharedPrefixLayer
 
@@ -53,6 +54,22 @@ def test_states_are_those_of_a_plain_pass(backbones, family, attended):
         states = backbone.forward(ids, attention_mask=torch.ones_like(ids))[0, len(prompt) - 1 : -1]
         found = result.tokens.states[result.tokens.rows == row]
         torch.testing.assert_close(found, states, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_half_precision_by_the_kernel_or_by_products(tmp_path, monkeypatch, attended, kernel):
+    """Both ways, whatever this machine would choose; bfloat16 tells states apart by a hundredth."""
+    monkeypatch.setattr(shared_prefix, "kernel_is_fast", lambda dtype: kernel)
+    backbone = load_backbone(str(save_tiny("llama", tmp_path)), "bfloat16", device="cpu")
+    prompts = encode(backbone, LONG)
+    result = generate(backbone, trained_head(backbone), prompts, DecodeSettings(5, 12))
+    assert max(attended) > len(LONG)
+    for row in range(len(result.texts)):
+        ids = torch.tensor([prompts[result.prompt_index[row]] + result.token_ids(row).tolist()])
+        states = backbone.forward(ids, attention_mask=torch.ones_like(ids))
+        states = states[0, len(prompts[result.prompt_index[row]]) - 1 : -1].float()
+        found = result.tokens.states[result.tokens.rows == row].float()
+        assert (found - states).norm() < 0.02 * states.norm()
 
 
 def test_greedy_and_samples_beside_each_other(backbones, attended):
