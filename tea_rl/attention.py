@@ -8,7 +8,6 @@ take its place.
 from __future__ import annotations
 
 import math
-from functools import cache
 from typing import Any
 
 import torch
@@ -25,6 +24,8 @@ from tea_rl.devices import cpu_has_tiles
 NAME = "tea_rl_sdpa"
 #: Attribute of a key tensor: the layer of a cache that works attention out by itself (`tea_rl.rollout.shared_prefix`).
 OWNER = "_tea_rl_owner"
+#: Number formats of `kernel_is_fast`. A plain set: compilers look into what is called at every layer.
+_fast_formats: set[torch.dtype] = set()
 #: Arguments of it that only the original one serves.
 _SPECIAL = ("position_bias", "softcap", "cache")
 
@@ -35,6 +36,8 @@ class UnservedAttention(Exception):
 
 def use_grouped_attention(model: PreTrainedModel) -> None:
     """Let a model on a CPU whose attention is ``sdpa`` use `grouped_attention` in its place."""
+    if cpu_has_tiles():  # Measured: see benchmarks/LOG.md.
+        _fast_formats.add(torch.bfloat16)
     ALL_ATTENTION_FUNCTIONS.register(NAME, grouped_attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     if model.config.get_text_config()._attn_implementation == "sdpa":
@@ -77,10 +80,9 @@ def grouped_attention(
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
-@cache
 def kernel_is_fast(dtype: torch.dtype) -> bool:
-    """Whether torch's kernel serves one new token a row well here. (Measured: see benchmarks/LOG.md.)"""
-    return dtype == torch.bfloat16 and cpu_has_tiles()
+    """Whether torch's kernel serves one new token a row well here, once a model uses `grouped_attention`."""
+    return dtype in _fast_formats
 
 
 def newest_attention(

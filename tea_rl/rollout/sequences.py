@@ -19,6 +19,8 @@ from tea_rl.rollout.shared_prefix import Readers, share_prefix, worth_sharing
 
 #: A batch is compacted when at least this share of its rows has finished; compacting copies the cache.
 _COMPACT_SHARE = 0.125
+#: Rows of a larger batch are a multiple of this: a processor's library makes, and keeps, kernels for every number that it meets.
+_ROWS = 8
 #: A shared prefix shorter than this is not worth a forward pass of its own.
 _MIN_SHARED_PREFIX = 16
 
@@ -83,17 +85,18 @@ class Sequences:
         distinct, which = torch.unique(pairs, return_inverse=True)
         parents, tokens = distinct // self.backbone.vocab_size, distinct % self.backbone.vocab_size
         if self._must_rearrange(parents):
-            select_rows(self.cache, parents)
+            # What fills the batch up is nobody's, as are rows that have ended and not been let go.
+            kept = torch.cat([parents, parents[:1].expand(_batch_size(len(parents)) - len(parents))])
+            select_rows(self.cache, kept)
             if self._readers is not None:
-                self._readers.select(parents)
+                self._readers.select(kept)
             if self.context is not None:
-                self.context.select_rows(parents)
-            self.mask, self.positions, self.at = self.mask[parents], self.positions[parents], which
+                self.context.select_rows(kept)
+            self.mask, self.positions, self.at = self.mask[kept], self.positions[kept], which
+            places = torch.arange(len(parents), device=parents.device)
         else:
-            self.at = parents[which]
-            tokens = torch.full_like(self.positions[:, 0], self.backbone.pad_token_id).scatter_(
-                0, parents, tokens
-            )
+            self.at, places = parents[which], parents
+        tokens = torch.full_like(self.positions[:, 0], self.backbone.pad_token_id).scatter_(0, places, tokens)
         self.length += 1
         self.states = self.backbone.forward(
             input_ids=tokens.unsqueeze(1),
@@ -114,7 +117,12 @@ class Sequences:
         """Whether sequences part, or enough of them have ended to be worth a copy of the cache."""
         held = len(self.positions)
         parted = len(parents.unique()) < len(parents)
-        return parted or held - len(parents) >= max(1, _COMPACT_SHARE * held)
+        return parted or held - _batch_size(len(parents)) >= max(1, _COMPACT_SHARE * held)
+
+
+def _batch_size(rows: int) -> int:
+    """Rows that a batch of so many distinct sequences has."""
+    return rows if rows <= _ROWS else -(-rows // _ROWS) * _ROWS
 
 
 def attends_to_all(backbone: Backbone) -> bool:

@@ -7,7 +7,7 @@ from torch import nn
 
 from tea_rl.head.config import HeadConfig
 from tea_rl.head.layer import TeaHead
-from tea_rl.rollout import DecodeSettings, generate
+from tea_rl.rollout import DecodeSettings, generate, sequences
 from tea_rl.rollout.decode import _greedy_slots, row_uniforms
 from tea_rl.rollout.sequences import shared_prefix
 
@@ -273,3 +273,31 @@ def test_of_equal_logits_the_first_token_is_taken():
     tail[:, 10], tail[1, 10], tail[2, 10:20] = 1.0, 1.0, 0.1  # one likely token, or ten unlikely ones
     assert _greedy_slots(logits, listed, tail).tolist() == [1, 3, 1]
     assert _greedy_slots(logits, None, None).tolist() == [0, 3, 3]
+
+
+def test_batches_are_multiples_and_nobody_notices(backbones, monkeypatch):
+    """Rows are filled up when they are rearranged; records and texts are those of any other number of rows."""
+    backbone, sizes = backbones("llama"), []
+    head, prompts = trained_head(backbone), encode(backbone)
+    forward = backbone.forward
+    monkeypatch.setattr(
+        backbone, "forward", lambda **given: (sizes.append(len(given["input_ids"])), forward(**given))[1]
+    )
+    settings = DecodeSettings(num_generations=6, max_new_tokens=14)
+    before, backbone.eos_token_ids = (
+        backbone.eos_token_ids,
+        tuple(range(1, 60)),
+    )  # a fifth of all tokens end one
+    try:
+        found = generate(backbone, head, prompts, settings)
+        filled, sizes[:] = list(sizes), []
+        monkeypatch.setattr(sequences, "_ROWS", 10**6)
+        wanted = generate(backbone, head, prompts, settings)
+    finally:
+        backbone.eos_token_ids = before
+    assert all(size <= 8 or size % 8 == 0 for size in filled) and any(size > 8 for size in filled)
+    assert any(size > 8 and size % 8 for size in sizes)
+    assert found.texts == wanted.texts
+    torch.testing.assert_close(found.tokens.states, wanted.tokens.states, atol=1e-5, rtol=1e-4)
+    assert torch.equal(found.tokens.rows, wanted.tokens.rows)
+    assert len(found.tokens.state_ids.unique()) == len(wanted.tokens.state_ids.unique())

@@ -94,7 +94,7 @@ def test_greedy_and_samples_beside_each_other(backbones, attended):
     finally:
         backbone.eos_token_ids = before
     assert min(ours.lengths) < max(ours.lengths)
-    assert len(set(attended)) > 2
+    assert len(set(attended)) > 1
 
 
 def test_short_prompts_and_few_completions_are_copied(backbones, attended):
