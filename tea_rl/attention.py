@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tea_rl.devices import cpu_has_tiles
+from tea_rl.errors import TeaError
 
 #: The name under which transformers knows it, made of the one that it stands in for.
 NAME = "tea_rl_sdpa"
@@ -30,12 +32,24 @@ _fast_formats: set[torch.dtype] = set()
 _SPECIAL = ("position_bias", "softcap", "cache")
 
 
-class UnservedAttention(Exception):
-    """A kind of attention that the layer of a cache which should work it out does not know."""
+class UnservedAttention(TeaError):
+    """The layer of a cache that should work attention out does not know this kind of it."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"expected attention to all tokens so far, got {what}: this model's prompts cannot be shared; use model.compile, or "
+            "prompts of fewer than 48 tokens, and please report the model"
+        )
 
 
 def use_grouped_attention(model: PreTrainedModel) -> None:
-    """Let a model on a CPU whose attention is ``sdpa`` use `grouped_attention` in its place."""
+    """Let a model on a CPU whose attention is ``sdpa`` use `grouped_attention` in its place.
+
+    Models that attend to a selection of tokens keep theirs: some of them ask for the name before they apply it.
+    """
+    kept = {type(layer) for layer in DynamicCache(config=model.config).layers}
+    if not kept <= {DynamicLayer, DynamicSlidingWindowLayer}:
+        return
     if cpu_has_tiles():  # Measured: see benchmarks/LOG.md.
         _fast_formats.add(torch.bfloat16)
     ALL_ATTENTION_FUNCTIONS.register(NAME, grouped_attention)
@@ -62,7 +76,7 @@ def grouped_attention(
     owner = getattr(key, OWNER, None)
     if owner is not None:
         if special or query.shape[2] != 1:
-            raise UnservedAttention
+            raise UnservedAttention("several new tokens a row, or another argument")
         return owner.attend(query, attention_mask, kwargs.get("scaling")), None
     if not (special or query.requires_grad):
         scale, grouped = kwargs.get("scaling"), key.shape[1] != query.shape[1]

@@ -1,5 +1,7 @@
 """Grouped attention on a CPU: the numbers of transformers' own, and its own wherever it must be."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny import save_tiny, tiny_model
@@ -29,6 +31,14 @@ def test_a_model_that_was_asked_for_otherwise_keeps_it(tmp_path):
     model.set_attn_implementation("eager")
     attention.use_grouped_attention(model)
     assert model.config._attn_implementation == "eager"
+
+
+def test_a_model_that_selects_tokens_keeps_its_own(monkeypatch):
+    """Its attention may ask for the name ``sdpa`` before it applies the selection."""
+    model = tiny_model("llama")
+    monkeypatch.setattr(attention, "DynamicCache", lambda config: SimpleNamespace(layers=[object()]))
+    attention.use_grouped_attention(model)
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_the_original_serves_what_the_kernel_does_not(monkeypatch):

@@ -19,7 +19,7 @@ from tea_rl.rollout.shared_prefix import Readers, share_prefix, worth_sharing
 
 #: A batch is compacted when at least this share of its rows has finished; compacting copies the cache.
 _COMPACT_SHARE = 0.125
-#: Rows of a larger batch are a multiple of this: a processor's library makes, and keeps, kernels for every number that it meets.
+#: A larger batch that is rearranged gets a multiple of so many rows: oneDNN makes, and keeps, kernels for every number that it meets.
 _ROWS = 8
 #: A shared prefix shorter than this is not worth a forward pass of its own.
 _MIN_SHARED_PREFIX = 16

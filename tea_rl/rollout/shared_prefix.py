@@ -26,10 +26,10 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from tea_rl.attention import NAME, OWNER, UnservedAttention, kernel_is_fast
 from tea_rl.backbone import Backbone
 
-#: Prompts shorter than this, or with fewer rows each, are cheaper to copy. (Measured: see benchmarks/LOG.md.)
+#: Prompts shorter than this, or with fewer rows each, are cheaper to copy (measured, see benchmarks/LOG.md).
 _LONG, _MANY = 48, 3
 #: How far states may be apart, as a share of their size, if attention is divided: rounding and no more.
-_CLOSE, _CLOSE_IN_HALF_PRECISION = 1e-3, 0.05
+_CLOSE, _CLOSE_IF_ROUNDED = 1e-3, 0.05
 
 
 class Readers:
@@ -44,11 +44,13 @@ class Readers:
     """
 
     def __init__(self, mask: Tensor) -> None:
-        hidden, lowest = (mask == 0)[:, None, None], torch.finfo(torch.float32).min
+        self._seen, lowest = mask != 0, torch.finfo(torch.float32).min
         self.bias: Tensor | None = None
-        if bool(hidden.any()):
+        if not bool(self._seen.all()):
+            hidden = ~self._seen[:, None, None]
             self.bias = torch.zeros(hidden.shape, device=mask.device).masked_fill_(hidden, lowest)
         self._prompts = len(mask)
+        self._checked: Tensor | None = None
         self._follow(torch.arange(len(mask), device=mask.device))
 
     def select(self, indices: Tensor) -> None:
@@ -68,6 +70,29 @@ class Readers:
         self._row = torch.zeros(self._prompts * self.most, dtype=torch.long, device=prompt.device)
         self._row[self._place] = rows
         self._regular = torch.equal(self._row, rows)
+
+    def check(self, mask: Tensor | None) -> None:
+        """See that a model's mask hides padding and nothing else; once for all layers, which are given the same one.
+
+        Raises:
+            UnservedAttention: if it does not.
+
+        Shape:
+            mask ``(B, 1, 1, L + S)``, True where a token may be seen; None: all are.
+        """
+        if mask is None:
+            if self.bias is not None:
+                raise UnservedAttention("no mask where prompts are padded")
+            return
+        if mask is self._checked:
+            return
+        prompt = self._seen[self._prompt]
+        if mask.dtype != torch.bool or mask.shape[1:3] != (1, 1) or mask.shape[3] < prompt.shape[1]:
+            raise UnservedAttention("a mask of numbers, or one of another shape")
+        length = prompt.shape[1]
+        if not (torch.equal(mask[:, 0, 0, :length], prompt) and bool(mask[..., length:].all())):
+            raise UnservedAttention("a mask that hides more than padding")
+        self._checked = mask
 
     def by_prompt(self, rows: Tensor) -> Tensor:
         """``(B, ...)`` to ``(P, M, ...)``."""
@@ -89,10 +114,14 @@ class SharedPrefixLayer(DynamicLayer):
         prompts: the prefilled layer.
         room: tokens that a row may append.
         readers: which rows read which prompt.
+
+    Attributes:
+        asked: how often attention was worked out here.
     """
 
     def __init__(self, prompts: DynamicLayer, room: int, readers: Readers) -> None:
         super().__init__()
+        self.asked = 0
         keys, values = prompts.keys, prompts.values
         self.lazy_initialization(keys, values)
         self._readers, self._own = readers, 0
@@ -125,13 +154,13 @@ class SharedPrefixLayer(DynamicLayer):
         """Attention of the newest token of each row to its prompt and its own tokens.
 
         Raises:
-            UnservedAttention: for a mask of numbers: the model adds something to the scores.
+            UnservedAttention: if the mask says something else than is known already.
 
         Shape:
-            query ``(B, H, 1, W)``; mask ``(B, 1, 1, L + S)`` of padding, which is known already; returns ``(B, 1, H, W)``.
+            query ``(B, H, 1, W)``; mask as in `Readers.check`; returns ``(B, 1, H, W)``.
         """
-        if mask is not None and mask.dtype != torch.bool:
-            raise UnservedAttention
+        self.asked += 1
+        self._readers.check(mask)
         rows, heads, _, width = query.shape
         groups, most = self._prompt_keys.shape[1], self._readers.most
         scale = scale or 1 / math.sqrt(width)
@@ -144,7 +173,7 @@ class SharedPrefixLayer(DynamicLayer):
         near = _weighed(asked, self._keys[:, :, own], self._values[:, :, own], None, scale)
         share = torch.sigmoid(far[..., -1:] - near[..., -1:])
         out = torch.lerp(near[..., :-1], far[..., :-1], share)
-        return out.to(query.dtype).view(rows, 1, heads, width)
+        return out.to(query.dtype).view(rows, 1, heads, -1)
 
 
 def _weighed(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -214,10 +243,16 @@ def _divides_attention(backbone: Backbone) -> bool:
         cache = DynamicCache(config=backbone.model.config)
         backbone.forward(ids[:, :-1], mask[:, :-1], positions[:, :-1], cache)
         if divided:
+            if not all(layer.is_initialized for layer in cache.layers):
+                return False
             share_prefix(cache, mask[:, :-1], room=1)
         try:
             newest.append(backbone.forward(ids[:, -1:], mask, positions[:, -1:], cache).float())
-        except (UnservedAttention, RuntimeError):  # numbers in a mask; keys that were copied or reshaped
+        except Exception:  # a model that reads or reshapes its keys may fail in any way
+            if not divided:
+                raise
             return False
-    close = _CLOSE if backbone.dtype == torch.float32 else _CLOSE_IN_HALF_PRECISION
-    return bool((newest[0] - newest[1]).norm() <= close * newest[0].norm())
+    exact = backbone.dtype == torch.float32 and backbone.quantization == "none"
+    close = _CLOSE if exact else _CLOSE_IF_ROUNDED
+    asked_once = all(isinstance(layer, SharedPrefixLayer) and layer.asked == 1 for layer in cache.layers)
+    return asked_once and bool((newest[0] - newest[1]).norm() <= close * newest[0].norm())

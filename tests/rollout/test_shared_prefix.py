@@ -5,7 +5,9 @@ import torch
 from test_decode import completions, encode, trained_head, transformers_generate
 from tiny import SUPPORTED, save_tiny
 
+from tea_rl.attention import UnservedAttention
 from tea_rl.backbone import load_backbone
+from tea_rl.head.config import ContextConfig
 from tea_rl.rollout import DecodeSettings, generate, shared_prefix
 from tea_rl.rollout.shared_prefix import Readers, SharedPrefixLayer
 
@@ -42,10 +44,17 @@ def attended(monkeypatch):
     return rows
 
 
+#: What all prompts begin with runs once: their padding then stands in the middle.
+ALIKE = [
+    f"{'Worked examples. ' * 3}{question}" for question in ("One?", "Another question?", "And a third one?")
+]
+
+
+@pytest.mark.parametrize("texts", [LONG, ALIKE], ids=["long", "alike"])
 @pytest.mark.parametrize("family", sorted(SUPPORTED))
-def test_states_are_those_of_a_plain_pass(backbones, family, attended):
+def test_states_are_those_of_a_plain_pass(backbones, family, texts, attended):
     backbone = backbones(family)
-    head, prompts = trained_head(backbone), encode(backbone, LONG)
+    head, prompts = trained_head(backbone), encode(backbone, texts)
     result = generate(backbone, head, prompts, DecodeSettings(num_generations=5, max_new_tokens=12))
     assert (family in DIVISIBLE) == bool(attended and max(attended) > len(LONG))
     for row in range(len(result.texts)):
@@ -54,6 +63,42 @@ def test_states_are_those_of_a_plain_pass(backbones, family, attended):
         states = backbone.forward(ids, attention_mask=torch.ones_like(ids))[0, len(prompt) - 1 : -1]
         found = result.tokens.states[result.tokens.rows == row]
         torch.testing.assert_close(found, states, atol=1e-5, rtol=1e-4)
+
+
+def test_running_means_beside_shared_prompts(backbones, attended):
+    backbone = backbones("llama")
+    context = ContextConfig(layers=[-1, 1])
+    head, prompts = trained_head(backbone, context=context), encode(backbone, ALIKE)
+    together = generate(backbone, head, prompts, DecodeSettings(4, 10), prompt_keys=[0, 1, 2])
+    assert attended
+    for row, prompt in enumerate(prompts):
+        alone = generate(
+            backbone, head, [prompt], DecodeSettings(2, 10), prompt_keys=[row]
+        )  # too few to share
+        mine = (together.tokens.rows >= 4 * row) & (together.tokens.rows < 4 * row + 2)
+        assert alone.texts == together.texts[4 * row : 4 * row + 2]
+        torch.testing.assert_close(together.tokens.states[mine], alone.tokens.states, atol=1e-5, rtol=1e-4)
+
+
+def test_the_kernel_says_what_the_products_say():
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 3, 24, 16, generator=generator).bfloat16()
+    keys, values = (torch.randn(2, 3, 50, 16, generator=generator).bfloat16() for _ in range(2))
+    seen = torch.ones(2, 50)
+    seen[0, :17] = 0
+    bias = Readers(seen).bias
+    found = shared_prefix._weighed(query, keys, values, bias, 0.7)
+    wanted = shared_prefix._weighed(query, keys.float(), values.float(), bias, 0.7)
+    assert found.shape == (2, 3, 24, 17) and found.dtype == torch.float32
+    torch.testing.assert_close(
+        found[..., -1], wanted[..., -1], atol=1e-4, rtol=1e-4
+    )  # the mass is not rounded
+    torch.testing.assert_close(found[..., :-1], wanted[..., :-1], atol=0.01, rtol=0.02)
+    exact = torch.softmax(0.7 * query.float() @ keys.float().transpose(2, 3) + bias, dim=-1) @ values.float()
+    torch.testing.assert_close(wanted[..., :-1], exact, atol=1e-5, rtol=1e-5)
+    assert (shared_prefix._weighed(query, keys, values, None, 0.7) - found)[
+        0
+    ].abs().max() > 0.1  # padding matters
 
 
 @pytest.mark.parametrize("kernel", [True, False])
@@ -115,13 +160,32 @@ def test_a_model_that_touches_its_keys_is_left_alone(backbones, monkeypatch):
         )
         assert not shared_prefix._divides_attention(backbone)
     assert shared_prefix._divides_attention(backbone)
-    # Attention that is divided and wrong is found out as well.
+    # Attention that is divided and wrong is found out as well, and so is a layer that was not asked.
+    with monkeypatch.context() as patch:
+        patch.setattr(SharedPrefixLayer, "attend", _without_own)
+        assert not shared_prefix._divides_attention(backbone)
+    monkeypatch.setattr(shared_prefix, "_CLOSE", 10.0)
+    assert shared_prefix._divides_attention(backbone)
     monkeypatch.setattr(SharedPrefixLayer, "attend", _without_own)
     assert not shared_prefix._divides_attention(backbone)
 
 
 def _without_own(self, query, mask, scale):  # noqa: ARG001
     return torch.zeros(query.shape).transpose(1, 2)
+
+
+def test_a_mask_that_says_more_than_padding_is_refused():
+    readers = Readers(torch.tensor([[0, 1, 1], [1, 1, 1]]))
+    readers.select(torch.tensor([0, 1, 1]))
+    mask = torch.ones(3, 1, 1, 5, dtype=torch.bool)
+    mask[0, :, :, 0] = False
+    readers.check(mask)
+    windowed, own = mask.clone(), mask.clone()
+    windowed[1, :, :, 0] = own[2, :, :, 3] = False
+    for wrong in (windowed, own, mask.float(), mask.expand(3, 2, 1, 5), mask[..., :2], None):
+        with pytest.raises(UnservedAttention, match="cannot be shared"):
+            readers.check(wrong)
+    Readers(torch.ones(2, 3)).check(None)
 
 
 @pytest.mark.parametrize("prompt", [[0, 0, 1, 1], [0, 1, 1, 1, 3], [3], [2, 2, 0]])

@@ -185,3 +185,19 @@ def test_schedules_are_those_of_transformers(name, warmup, places):
     train = TrainConfig(lr_scheduler_type=name, warmup_steps=warmup)
     theirs = rates(lambda o: get_scheduler(name, o, num_warmup_steps=warmup, num_training_steps=places))
     assert rates(lambda o: build_scheduler(o, train, places)) == pytest.approx(theirs)
+
+
+@pytest.mark.parametrize("limit", [0.5, 2.0])
+def test_gradients_are_clipped_as_torch_clips_them(backbone, limit):
+    """Those within the limit are left as they are; what is not trained has none."""
+    head, _, learner = make(backbone, optim="sgd", learning_rate=1.0, max_grad_norm=limit)
+    idle, *moved = head.trainable_parameters()
+    given = [torch.randn(parameter.shape, generator=generator()) for parameter in moved]
+    scale = sum(float(gradient.square().sum()) for gradient in given) ** -0.5  # of length 1, all together
+    before = [parameter.detach().clone() for parameter in moved]
+    loss = sum((parameter * gradient).sum() for parameter, gradient in zip(moved, given, strict=True)) * scale
+    assert learner.descend(loss) == pytest.approx(1.0, rel=1e-5)
+    assert idle.grad is None
+    for parameter, old, gradient in zip(moved, before, given, strict=True):
+        wanted = old - gradient * scale * min(1.0, limit)
+        torch.testing.assert_close(parameter.detach(), wanted, atol=1e-5, rtol=1e-4)
