@@ -46,7 +46,7 @@ def run(setting: Setting) -> Iterator[Figure]:
 
         runs = {OURS: installed, "plain": plain, "uninstalled": uninstalled}
         warm_ups = {name: lambda run=run: run(2) for name, run in runs.items()}
-        values = alternate(runs, setting.pick(1, 12 if count == 1 else 2), warm_ups)
+        values = alternate(runs, setting.pick(1, 9 if count == 1 else 2), warm_ups)
         sizes, lengths = [len(ids) for ids in prompts], torch.full((count,), tokens)
         model = ModelWork(backbone)
         work = [

@@ -79,14 +79,10 @@ def grouped_attention(
             raise UnservedAttention("several new tokens a row, or another argument")
         return owner.attend(query, attention_mask, kwargs.get("scaling")), None
     if not (special or query.requires_grad):
-        scale, grouped = kwargs.get("scaling"), key.shape[1] != query.shape[1]
-        if (
-            query.shape[2] == 1
-            and (grouped or query.dtype != torch.float32)
-            and not kernel_is_fast(query.dtype)
-        ):
+        scale, grouped, one = kwargs.get("scaling"), key.shape[1] != query.shape[1], query.shape[2] == 1
+        if one and (grouped or query.dtype != torch.float32) and not kernel_is_fast(query.dtype):
             return newest_attention(query, key, value, attention_mask, scale), None
-        if attention_mask is not None and grouped:
+        if grouped and (one or attention_mask is not None):
             out = F.scaled_dot_product_attention(
                 query, key, value, attn_mask=attention_mask, scale=scale, enable_gqa=True
             )
