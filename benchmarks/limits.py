@@ -118,7 +118,8 @@ class ModelWork:
         return [Work(flops, self.body * self.itemsize + tokens * self.cached, self.dtype)]
 
     def decode(self, prompts: Sequence[int], lengths: Tensor) -> list[Work]:
-        """Steps of one token of every completion that has not ended; bytes: weights and the cached keys and values, each step.
+        """Steps of one token of every completion that has not ended; bytes of each: the weights, every prompt's cached keys and values
+        once for all of its completions, and what each completion has written itself.
 
         Args:
             prompts: length of each distinct prompt.
@@ -129,7 +130,8 @@ class ModelWork:
         for position in range(1, int(lengths.max())):
             rows, seen = int((lengths > position).sum()), mean + position
             flops = rows * (2 * (self.body + self.output) + 4 * self.query_width * seen)
-            phases.append(Work(flops, self.num_bytes + rows * seen * self.cached, self.dtype))
+            cached = sum(prompts) + rows * position
+            phases.append(Work(flops, self.num_bytes + cached * self.cached, self.dtype))
         return phases
 
 
