@@ -46,8 +46,10 @@ _OUTPUT = Path("runs") / "bench.json"
 def main() -> None:
     """Parse, measure, print, write."""
     from tea_rl import TeaError
+    from tea_rl.huge_pages import use_huge_pages
 
     args = _arguments()
+    use_huge_pages()  # as the command line does; the peers have them as well
     try:
         names = chosen_stages(args.stages)
         before = committed(args.compare)

@@ -28,6 +28,7 @@ from tea_rl.cli import (
     train,
 )
 from tea_rl.errors import TeaError, did_you_mean
+from tea_rl.huge_pages import use_huge_pages
 
 #: Typer carries its own copy of click in newer releases; the base class is reached through what it exports.
 _UsageMistake: type[Exception] = next(
@@ -96,6 +97,8 @@ app.command("play")(play.play)
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 2 a user's mistake (one line on stderr), 130 interrupted."""
+    if args is None:  # the process is ours
+        use_huge_pages()
     try:
         code = app(args=args, standalone_mode=False)
     except TeaError as error:

@@ -1,0 +1,59 @@
+"""Memory that is asked for after `use_huge_pages` lies in huge pages, and a process that has decided otherwise is left alone."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tea_rl import huge_pages
+
+_BLOCK = 16 << 20
+#: Prints what was asked for, and how many bytes of a block of the heap are in huge pages.
+_PROGRAM = f"""
+import ctypes, re
+from tea_rl.huge_pages import use_huge_pages
+asked = use_huge_pages()
+libc = ctypes.CDLL(None)
+libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+block = libc.malloc({_BLOCK})
+ctypes.memset(block, 1, {_BLOCK})
+smaps = open("/proc/self/smaps").read()
+heap = sum(int(n) for n in re.findall(r"\\[heap\\]\\n(?:\\w.*\\n)*?AnonHugePages: +(\\d+) kB", smaps))
+print(asked, heap * 1024)
+"""
+
+
+def run(**environment: str) -> tuple[int, int]:
+    clean = {k: v for k, v in os.environ.items() if k not in (*huge_pages._DECIDED, "GLIBC_TUNABLES")}
+    result = subprocess.run(
+        [sys.executable, "-c", _PROGRAM], env=clean | environment, capture_output=True, text=True, check=True
+    )
+    asked, there = result.stdout.split()
+    return int(asked), int(there)
+
+
+@pytest.mark.skipif(not huge_pages._wanted(), reason="no glibc, or a kernel without huge pages")
+def test_the_heap_is_in_huge_pages():
+    asked, there = run()
+    assert asked >= huge_pages._ROOM
+    assert there >= _BLOCK - (2 << 20)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    "decided", [{"MALLOC_TOP_PAD_": "0"}, {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=7"}]
+)
+def test_whoever_has_configured_malloc_is_left_alone(decided):
+    asked, _ = run(**decided)
+    assert asked == 0
+
+
+@pytest.mark.parametrize("switch", ["always madvise [never]", None])
+def test_without_huge_pages_nothing_is_changed(monkeypatch, tmp_path, switch):
+    file = tmp_path / "enabled"
+    if switch is not None:
+        file.write_text(switch)
+    monkeypatch.setattr(huge_pages, "_SWITCH", file)
+    monkeypatch.setattr(huge_pages.ctypes, "CDLL", lambda *_, **__: pytest.fail("the C library was asked"))
+    assert huge_pages.use_huge_pages() == 0
