@@ -64,7 +64,7 @@ def run(setting: Setting) -> Iterator[Figure]:
     if not setting.quick:  # what the processor's caches give, taken away
         largest = max(_SIZES["vocabulary"])
         wanted[f"vocabulary {largest}, any token"] = {**base, "vocabulary": largest, "uniform": True}
-    found = _in_memory(wanted, setting.pick(3, 7), setting.pick(1, _ROUNDS))
+    found = _in_memory(wanted, setting.pick(3, 5), setting.pick(1, _ROUNDS))
     for name, size in wanted.items():
         yield _figure(setting, name, size, found[name], found["default size"])
     counts = setting.pick((10**4, 10**5), (10**4, 10**5, 10**6)) + ((10**7,) if setting.huge else ())
