@@ -24,6 +24,7 @@ from tea_rl.errors import TeaError
 from tea_rl.head.config import ContextConfig
 from tea_rl.head.context import ContextReader, ContextState, find_layers
 from tea_rl.head.context_wrapper import ContextWrapper
+from tea_rl.huge_pages import move_to_huge_pages
 from tea_rl.model_source import ModelSource, find_model, one_line, quiet_transformers
 from tea_rl.packed_linear import can_pack, pack_linear_layers, pack_output_layer
 from tea_rl.probe import find_output_layer, output_weight, probe_output, weight_digest
@@ -290,6 +291,8 @@ def load_backbone(
     eos, pad = _special_tokens(model, tokenizer)
     weight = output_weight(find_output_layer(model)[2])
     vocab_size, hidden_size = weight.shape
+    if place.type == "cpu" and not plain and weight.is_contiguous():
+        move_to_huge_pages(weight)  # heads read shortlists of it
     with quiet_transformers():
         scale = probe_output(model, tokenizer, source.description)
     return Backbone(

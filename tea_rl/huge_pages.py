@@ -13,6 +13,10 @@ import mmap
 import os
 import platform
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: Addresses, not memory: what nobody writes to is never there.
 _ROOM = 1 << 30
@@ -23,6 +27,8 @@ _MORE = 1 << 26
 #: Numbers of ``mallopt`` (malloc.h).
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 _NEVER = 2**31 - 1
+#: Advice to put existing memory into huge pages now (Linux 6.1; `mmap` does not know it).
+_COLLAPSE = 25
 _SWITCH = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _SIZE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
 #: Whoever sets one of these has decided about memory already, or has another allocator.
@@ -40,23 +46,49 @@ def use_huge_pages() -> int:
     """
     if not _wanted():
         return 0
-    libc = ctypes.CDLL(None, use_errno=True)
+    libc = _c_library()
     libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
     libc.free.argtypes = [ctypes.c_void_p]
-    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     # Setting one of them ends glibc's own adjusting of all. The heap must never shrink: what is added to it later is not asked for.
     libc.mallopt(_MMAP_THRESHOLD, _OWN_MAPPING)
     libc.mallopt(_TRIM_THRESHOLD, _NEVER)
     libc.mallopt(_TOP_PAD, _ROOM)
     libc.free(libc.malloc(_OWN_MAPPING // 2))  # grows the heap by the room as well
     libc.mallopt(_TOP_PAD, _MORE)
-    size = int(_SIZE.read_text())
     asked = 0
     for start, end in _heap():
-        first, last = -(-start // size) * size, end // size * size
-        if last > first and libc.madvise(first, last - first, mmap.MADV_HUGEPAGE) == 0:
-            asked += last - first
+        first, length = _whole_pages(start, end)
+        if length and libc.madvise(first, length, mmap.MADV_HUGEPAGE) == 0:
+            asked += length
     return asked
+
+
+def move_to_huge_pages(tensor: Tensor) -> None:
+    """Put a large tensor that is there already into huge pages, for rows of it that are read here and there; what cannot be is left.
+
+    Args:
+        tensor: contiguous, on a CPU. Its address and its numbers stay.
+    """
+    if not _wanted():
+        return
+    first, length = _whole_pages(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
+    if length:
+        libc = _c_library()
+        libc.madvise(first, length, mmap.MADV_HUGEPAGE)
+        libc.madvise(first, length, _COLLAPSE)  # an older kernel refuses
+
+
+def _c_library() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None)
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return libc
+
+
+def _whole_pages(start: int, end: int) -> tuple[int, int]:
+    """Where the first huge page between two addresses begins, and how many bytes the whole ones have."""
+    size = int(_SIZE.read_text())
+    first = -(-start // size) * size
+    return first, max(0, end // size * size - first)
 
 
 def _wanted() -> bool:

@@ -1,10 +1,13 @@
 """Memory that is asked for after `use_huge_pages` lies in huge pages, and a process that has decided otherwise is left alone."""
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 from tea_rl import huge_pages
 
@@ -33,11 +36,32 @@ def run(**environment: str) -> tuple[int, int]:
     return int(asked), int(there)
 
 
+def mappings() -> list[tuple[int, int, str]]:
+    """First address, end and description of what this process has mapped."""
+    text = Path("/proc/self/smaps").read_text()
+    parts = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", text, flags=re.MULTILINE)[1:]
+    ranges = [part.split(maxsplit=1)[0].split("-") for part in parts]
+    return [(int(start, 16), int(end, 16), part) for (start, end), part in zip(ranges, parts, strict=True)]
+
+
 @pytest.mark.skipif(not huge_pages._wanted(), reason="no glibc, or a kernel without huge pages")
 def test_the_heap_is_in_huge_pages():
     asked, there = run()
     assert asked >= huge_pages._ROOM
     assert there >= _BLOCK - (2 << 20)
+
+
+@pytest.mark.skipif(not huge_pages._wanted(), reason="no glibc, or a kernel without huge pages")
+def test_a_tensor_is_moved_and_stays_what_it_is():
+    tensor = torch.arange(12_000_000)  # 96 MB, a mapping of its own
+    before, address = tensor.clone(), tensor.data_ptr()
+    huge_pages.move_to_huge_pages(tensor)
+    assert tensor.data_ptr() == address
+    assert torch.equal(tensor, before)
+    inside = [part for start, end, part in mappings() if start < address + tensor.nbytes and end > address]
+    asked = re.compile(r"^VmFlags:.* hg", re.MULTILINE)
+    assert any(asked.search(part) for part in inside)
+    huge_pages.move_to_huge_pages(torch.arange(3))  # smaller than a page: nothing to do
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
