@@ -1,9 +1,9 @@
 """Room on the heap in huge pages, for a process that reads all of its weights for every token.
 
 Where the kernel gives huge pages only on request (``madvise``, the default of many distributions), a model of 300 MB lies in 80,000
-pages of 4 KB, and finding them costs a rollout on a CPU a tenth of its time; in a virtual machine more, where every look-up is two.
-glibc's own switch (``glibc.malloc.hugetlb``) also asks for large blocks that live for one operation, which must then be cleared two
-megabytes at a time: training by other libraries gets slower by it. So only the heap is asked for.
+pages of 4 KB, and finding them cost a rollout a tenth of its time on the virtual machine that it was measured on. glibc's own switch
+(``glibc.malloc.hugetlb``) also asks for large blocks that live for one operation, which must then be cleared two megabytes at a time;
+``generate`` of transformers ran slower with it. So only the heap is asked for.
 """
 
 from __future__ import annotations
