@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tea_rl.devices import cpu_has_tiles
@@ -53,7 +53,7 @@ def use_grouped_attention(model: PreTrainedModel) -> None:
     if cpu_has_tiles():  # Measured: see benchmarks/LOG.md.
         _fast_formats.add(torch.bfloat16)
     ALL_ATTENTION_FUNCTIONS.register(NAME, grouped_attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, step_mask)
     if model.config.get_text_config()._attn_implementation == "sdpa":
         model.set_attn_implementation(NAME)
 
@@ -73,21 +73,48 @@ def grouped_attention(
         UnservedAttention: if the layer that should work it out cannot.
     """
     special = any(kwargs.get(name) is not None for name in _SPECIAL) or kwargs.get("dropout", 0.0) > 0.0
+    one, owned = query.shape[2] == 1, getattr(key, OWNER, None) is not None
+    if owned and (special or not one):
+        raise UnservedAttention("several new tokens a row, or another argument")
+    if owned or not (special or query.requires_grad):
+        if one:
+            return newest_token(query, key, value, attention_mask, kwargs.get("scaling")), None
+        if key.shape[1] != query.shape[1] and attention_mask is not None:
+            return _kernel(query, key, value, attention_mask, kwargs.get("scaling")), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def step_mask(
+    batch_size: int, q_length: int, *args: Any, dtype: torch.dtype | None = None, **kwargs: Any
+) -> Tensor | None:
+    """The mask of ``sdpa``; for one new token a row as numbers, which the kernel would else make of it in every layer."""
+    mask = sdpa_mask(batch_size, q_length, *args, dtype=dtype, **kwargs)
+    if mask is None or q_length != 1 or dtype is None:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf)
+
+
+def newest_token(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
+) -> Tensor:
+    """Attention of one new token a row without gradients: by the cache, by torch's kernel, or by `newest_attention`.
+
+    Shape:
+        as in `newest_attention`.
+    """
     owner = getattr(key, OWNER, None)
     if owner is not None:
-        if special or query.shape[2] != 1:
-            raise UnservedAttention("several new tokens a row, or another argument")
-        return owner.attend(query, attention_mask, kwargs.get("scaling")), None
-    if not (special or query.requires_grad):
-        scale, grouped, one = kwargs.get("scaling"), key.shape[1] != query.shape[1], query.shape[2] == 1
-        if one and (grouped or query.dtype != torch.float32) and not kernel_is_fast(query.dtype):
-            return newest_attention(query, key, value, attention_mask, scale), None
-        if grouped and (one or attention_mask is not None):
-            out = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=attention_mask, scale=scale, enable_gqa=True
-            )
-            return out.transpose(1, 2).contiguous(), None
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return owner.attend(query, mask, scale)
+    slow = query.dtype != torch.float32 or key.shape[1] != query.shape[1]
+    if slow and not kernel_is_fast(query.dtype):
+        return newest_attention(query, key, value, mask, scale)
+    return _kernel(query, key, value, mask, scale)
+
+
+def _kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    grouped = key.shape[1] != query.shape[1]
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
+    return out.transpose(1, 2).contiguous()
 
 
 def kernel_is_fast(dtype: torch.dtype) -> bool:

@@ -43,17 +43,17 @@ class PackedGroup:
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
         self._bias = torch.cat(biases) if biases else None
-        self._shared = OneProduct(len(layers))
+        self._shared = OneProduct([layer.out_features for layer in layers]) if len(layers) > 1 else None
 
-    def columns(self, x: Tensor, start: int, end: int) -> Tensor:
-        """Outputs ``start`` to ``end`` of ``x``."""
-        return self._shared.columns(x, start, end, self._product)
+    def outputs(self, x: Tensor, number: int) -> Tensor:
+        """What layer ``number`` makes of ``x``."""
+        return self._product(x) if self._shared is None else self._shared.part(x, number, self._product)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedGroup:
         return self  # never changed, and torch cannot copy it
 
     def _product(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.default(x, self._packed, self._bias, "none", [], "")
 
 
 class PackedLinear(nn.Module):
@@ -62,7 +62,7 @@ class PackedLinear(nn.Module):
     Args:
         layer: the plain one.
         group: where its weight is, with others' that read the same input.
-        start: of its outputs among those of the group.
+        number: of the layer in the group.
 
     Attributes:
         weight_sample: what is still known of the plain weight.
@@ -71,10 +71,10 @@ class PackedLinear(nn.Module):
         TeaError: in `forward`, if a gradient is wanted; in `state_dict`, always: a model saved without its weights would be lost.
     """
 
-    def __init__(self, layer: nn.Linear, group: PackedGroup, start: int = 0) -> None:
+    def __init__(self, layer: nn.Linear, group: PackedGroup, number: int = 0) -> None:
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self._group, self._start, self._end = group, start, start + layer.out_features
+        self._group, self._number = group, number
         self.weight_sample = Sample.of(layer.weight)
         self.bias = layer.bias
 
@@ -83,7 +83,7 @@ class PackedLinear(nn.Module):
             raise TeaError(
                 f"{_FOR_INFERENCE} and have no gradients: load it with load_backbone(..., plain=True)"
             )
-        return self._group.columns(x, self._start, self._end)
+        return self._group.outputs(x, self._number)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         raise TeaError(f"{_FOR_INFERENCE} and cannot be saved: load it with load_backbone(..., plain=True)")
@@ -117,7 +117,7 @@ class PackedOutput(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if (x.requires_grad and torch.is_grad_enabled()) or self._packed_from != self._state():
             return functional.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.default(x, self._packed, self.bias, "none", [], "")
 
     def logits(self, x: Tensor, scratch: Scratch | None = None) -> Tensor:
         """`forward` in float32, ``(..., D)`` to ``(..., V)``; with ``scratch`` ``(N, D)`` to ``(N, V)``, in there."""
@@ -184,11 +184,10 @@ def pack_linear_layers(body: nn.Module, input_ids: Tensor) -> None:
                 for other in together.pop(layer, [layer])
                 if holders[id(other.weight)] == 1 and (other.bias is None) == (layer.bias is None)
             ]
-            group, start = PackedGroup(like), 0
-            for other in like:
+            group = PackedGroup(like)
+            for number, other in enumerate(like):
                 together.pop(other, None)
-                replaced[other] = PackedLinear(other, group, start)
-                start += other.out_features
+                replaced[other] = PackedLinear(other, group, number)
         return replaced.pop(layer)
 
     replace_layers(body, packed)  # one group after the other: at no time are there two of all

@@ -5,7 +5,7 @@ Where a step has one row, a product costs as much in starting it as in reading i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -14,37 +14,38 @@ from torch import Tensor, nn
 
 
 class _Known(NamedTuple):
-    """A product, the input it is of (as it was), and how many layers have not taken their columns."""
+    """A product's parts, the input it is of (as it was), and how many layers have not taken theirs."""
 
     x: Tensor
     version: int
-    output: Tensor
+    parts: Sequence[Tensor]
     left: int
 
 
 class OneProduct:
-    """The first layer that is asked multiplies for all, the others take their columns.
+    """The first layer that is asked multiplies for all, the others take their part.
 
     What is known is replaced as a whole, so that threads which share a model can disturb, but never mislead each other.
 
     Args:
-        members: how many layers there are.
+        sizes: outputs of each layer, side by side.
     """
 
-    def __init__(self, members: int) -> None:
-        self._members = members
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self._sizes = list(sizes)
         self._known: _Known | None = None
 
-    def columns(self, x: Tensor, start: int, end: int, product: Callable[[Tensor], Tensor]) -> Tensor:
-        """``product(x)[..., start:end]``, worked out once while all members are given the same tensor."""
+    def part(self, x: Tensor, number: int, product: Callable[[Tensor], Tensor]) -> Tensor:
+        """The outputs of layer ``number`` in ``product(x)``, worked out once while all layers are given the same tensor."""
         if torch.compiler.is_compiling():  # a compiler sees the common part itself
-            return product(x)[..., start:end]
+            return product(x).split_with_sizes(self._sizes, -1)[number]
         # Tensors made in inference mode do not tell that they were changed in place; nothing between siblings does that.
         version, known = -1 if x.is_inference() else x._version, self._known
         if known is None or known.x is not x or known.version != version:
-            known = _Known(x, version, product(x), self._members)
-        self._known = known._replace(left=known.left - 1) if known.left > 1 else None
-        return known.output[..., start:end]
+            known = _Known(x, version, product(x).split_with_sizes(self._sizes, -1), len(self._sizes))
+        left = known.left - 1
+        self._known = _Known(x, version, known.parts, left) if left else None
+        return known.parts[number]
 
 
 @contextmanager

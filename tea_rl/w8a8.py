@@ -68,6 +68,9 @@ class Int8Group(nn.Module):
     Args:
         weights: their weights, each ``(out, K)``.
         smoothing: inputs are divided by it, ``(K,)``, weights multiplied; None for none.
+
+    Attributes:
+        sizes: outputs of each layer.
     """
 
     weight: Tensor
@@ -83,7 +86,8 @@ class Int8Group(nn.Module):
         self.register_buffer("weight", quantised)
         self.register_buffer("steps", steps.squeeze(1))
         self.register_buffer("inverse_smoothing", 1 / smoothing)
-        self._shared = OneProduct(len(weights))
+        self.sizes = [len(part) for part in weights]
+        self._shared = OneProduct(self.sizes)
 
     def product(self, x: Tensor, start: int, end: int) -> Tensor:
         """Outputs ``start`` to ``end`` of ``x``: ``(..., K)`` to ``(..., end - start)``, in the dtype of ``x``."""
@@ -113,13 +117,13 @@ class Int8Group(nn.Module):
     def _quantise(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return quantise_rows(x.reshape(-1, x.shape[-1]).float() * self.inverse_smoothing)
 
-    def columns(self, x: Tensor, start: int, end: int) -> Tensor:
-        """`product`, worked out once for all members while they are given the same tensor."""
-        if (
-            torch.compiler.is_compiling()
-        ):  # a compiler sees the common part itself, and takes its own columns only
-            return self.product(x, start, end)
-        return self._shared.columns(x, start, end, lambda rows: self.product(rows, 0, len(self.weight)))
+    def outputs(self, x: Tensor, number: int) -> Tensor:
+        """What layer ``number`` makes of ``x``, worked out once for all layers while they are given the same tensor."""
+        if torch.compiler.is_compiling():
+            # A compiler sees the common part itself, and takes what it needs only.
+            start = sum(self.sizes[:number])
+            return self.product(x, start, start + self.sizes[number])
+        return self._shared.part(x, number, lambda rows: self.product(rows, 0, len(self.weight)))
 
 
 class W8A8Linear(nn.Module):
@@ -127,15 +131,15 @@ class W8A8Linear(nn.Module):
 
     bias: Tensor | None
 
-    def __init__(self, group: Int8Group, start: int, end: int, bias: Tensor | None) -> None:
+    def __init__(self, group: Int8Group, number: int, bias: Tensor | None) -> None:
         super().__init__()
-        self.group, self._start, self._end = group, start, end
-        self.out_features, self.in_features = end - start, group.weight.shape[1]
+        self.group, self._number = group, number
+        self.out_features, self.in_features = group.sizes[number], group.weight.shape[1]
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        columns = self.group.columns(x, self._start, self._end)
-        return columns if self.bias is None else columns + self.bias
+        outputs = self.group.outputs(x, self._number)
+        return outputs if self.bias is None else outputs + self.bias
 
     def extra_repr(self) -> str:
         return (
@@ -200,13 +204,8 @@ def use_w8a8(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_len
         weights = [layer.weight.detach() for layer in layers]
         rows = inputs[layers[0]].reshape(-1, weights[0].shape[1]).float()
         group = best_group(weights, rows)
-        start = 0
-        for layer in layers:
-            end = start + layer.out_features
-            replaced[layer] = W8A8Linear(
-                group, start, end, None if layer.bias is None else layer.bias.detach()
-            )
-            start = end
+        for number, layer in enumerate(layers):
+            replaced[layer] = W8A8Linear(group, number, None if layer.bias is None else layer.bias.detach())
     replace_layers(body, replaced.get)
     _replace_output(model, ids)
 

@@ -68,7 +68,7 @@ def test_rounded_numbers_have_the_same_product():
 def test_members_take_their_columns_and_never_stale_ones():
     weights = group_of()
     group = Int8Group(weights, None)
-    first, second = W8A8Linear(group, 0, 6, None), W8A8Linear(group, 6, 9, torch.ones(3))
+    first, second = W8A8Linear(group, 0, None), W8A8Linear(group, 1, torch.ones(3))
     x, y = torch.randn(2, 4, 32), torch.randn(2, 4, 32)
     alone = [Int8Group([weight], None) for weight in weights]
 
@@ -92,9 +92,9 @@ def test_members_take_their_columns_and_never_stale_ones():
 def test_an_input_is_let_go_once_all_have_read_it():
     group = Int8Group(group_of(), None)
     x = torch.randn(4, 32)
-    group.columns(x, 0, 6)
+    group.outputs(x, 0)
     assert group._shared._known.x is x
-    group.columns(x, 6, 9)
+    group.outputs(x, 1)
     assert group._shared._known is None
 
 

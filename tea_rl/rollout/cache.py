@@ -44,22 +44,25 @@ class PreallocatedLayer(DynamicLayer):
         return cls(buffers[0], buffers[1], source.get_seq_length())
 
     def _set_length(self, length: int) -> None:
-        self.keys, self.values = self._keys[:, :, :length], self._values[:, :, :length]
+        self._length = length
+        self.keys, self.values = self._keys.narrow(2, 0, length), self._values.narrow(2, 0, length)
+
+    def get_seq_length(self) -> int:
+        """Slots that are filled."""
+        return self._length
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:  # noqa: ANN002, ANN003
         """Write new positions and return views of all filled ones."""
-        start = self.get_seq_length()
-        end = start + key_states.shape[-2]
-        self._keys[:, :, start:end] = key_states
-        self._values[:, :, start:end] = value_states
-        self._set_length(end)
+        start, count = self._length, key_states.shape[2]
+        self._keys.narrow(2, start, count).copy_(key_states)
+        self._values.narrow(2, start, count).copy_(value_states)
+        self._set_length(start + count)
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows at ``indices``; one that occurs twice is copied."""
-        length = self.get_seq_length()
         self._keys, self._values = self._keys.index_select(0, indices), self._values.index_select(0, indices)
-        self._set_length(length)
+        self._set_length(self._length)
 
 
 def preallocate(cache: Cache, capacity: int) -> None:

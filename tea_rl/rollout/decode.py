@@ -71,7 +71,6 @@ def uniforms_on(device: torch.device, keys: Sequence[Sequence[int]], length: int
     return (uniforms.float() if device.type == "mps" else uniforms).to(device)
 
 
-@torch.no_grad()
 def generate(
     backbone: Backbone,
     head: TeaHead,
@@ -105,26 +104,45 @@ def generate(
         greedy[settings.num_generations - 1 :: settings.num_generations] = True
     ending = ending_tokens(backbone, settings.stop)
     at = torch.arange(len(prompts), device=backbone.device).repeat_interleave(settings.num_generations)
-    with clock.stage("prefill"):
-        start = prefill(backbone, prompts, ContextState.begin(head.config.context))
-        sequences = Sequences(backbone, start, at, settings.max_new_tokens, share=True)
     finished = torch.zeros(len(row_keys), dtype=torch.bool, device=backbone.device)
+    with torch.inference_mode():
+        with clock.stage("prefill"):
+            start = prefill(backbone, prompts, ContextState.begin(head.config.context))
+            sequences = Sequences(backbone, start, at, settings.max_new_tokens, share=True)
+        steps = _decode(head, sequences, settings, uniforms, greedy, ending, finished, clock)
+    head.train(training)
+
+    tokens = TokenBatch.cat(steps)  # copies: what was made in inference mode cannot be trained on
+    tokens = tokens.select(torch.argsort(tokens.rows, stable=True))
+    lengths = torch.bincount(tokens.rows, minlength=len(row_keys))
+    texts = backbone.tokenizer.batch_decode(
+        [ids.tolist() for ids in tokens.actions.split(lengths.tolist())], skip_special_tokens=True
+    )
+    prompt_index = torch.arange(len(prompts)).repeat_interleave(settings.num_generations)
+    return Rollout(tokens, texts, lengths, finished, prompt_index)
+
+
+def _decode(
+    head: TeaHead,
+    sequences: Sequences,
+    settings: DecodeSettings,
+    uniforms: Tensor,
+    greedy: Tensor,
+    ending: Tensor,
+    finished: Tensor,
+    clock: StageClock,
+) -> list[TokenBatch]:
+    """All steps of `generate`; ``finished`` becomes True where a completion ends by itself."""
     steps: list[TokenBatch] = []
     num_states, scratch = 0, Scratch()
     for position in range(settings.max_new_tokens):
-        rows = sequences.rows
+        rows, at = sequences.rows, sequences.at
+        draws = uniforms[rows, position]
         step = choose_tokens(
-            head,
-            sequences.states,
-            sequences.at,
-            uniforms[rows, position],
-            greedy[rows],
-            settings.temperature,
-            clock,
-            scratch,
+            head, sequences.states, at, draws, greedy[rows], settings.temperature, clock, scratch
         )
         step.rows, step.positions = rows, torch.full_like(rows, position)
-        step.state_ids = sequences.at + num_states
+        step.state_ids = at + num_states
         num_states += len(sequences.states)
         steps.append(step)
         ended = ending[step.actions]
@@ -133,16 +151,7 @@ def generate(
             break
         with clock.stage("decode"):
             sequences.advance(step.actions, ended)
-    head.train(training)
-
-    tokens = TokenBatch.cat(steps)
-    tokens = tokens.select(torch.argsort(tokens.rows, stable=True))
-    lengths = torch.bincount(tokens.rows, minlength=len(row_keys))
-    texts = backbone.tokenizer.batch_decode(
-        [ids.tolist() for ids in tokens.actions.split(lengths.tolist())], skip_special_tokens=True
-    )
-    prompt_index = torch.arange(len(prompts)).repeat_interleave(settings.num_generations)
-    return Rollout(tokens, texts, lengths, finished, prompt_index)
+    return steps
 
 
 def choose_tokens(

@@ -16,6 +16,7 @@ from tea_rl.head.config import ContextConfig
 from tea_rl.head.context import ContextState
 from tea_rl.rollout.cache import CachedRow, cut_row, pack_rows, preallocate, select_rows
 from tea_rl.rollout.shared_prefix import Readers, share_prefix, worth_sharing
+from tea_rl.rollout.tape import play_layers
 
 #: A batch is compacted when at least this share of its rows has finished; compacting copies the cache.
 _COMPACT_SHARE = 0.125
@@ -77,9 +78,13 @@ class Sequences:
         self.mask = torch.cat([mask, mask.new_ones(len(mask), room)], dim=1)
         self.positions = mask.sum(dim=1, keepdim=True)
         self.rows = torch.arange(len(at), device=mask.device)
+        self._advanced = False
 
     def advance(self, actions: Tensor, ended: Tensor) -> None:
         """Append the completions' tokens, let go of those that ended, and run the backbone by one token."""
+        if not self._advanced:  # not before there is a step: it takes as long as a dozen
+            play_layers(self.backbone)
+            self._advanced = True
         self.rows, actions = self.rows[~ended], actions[~ended]
         pairs = self.at[~ended] * self.backbone.vocab_size + actions
         distinct, which = torch.unique(pairs, return_inverse=True)

@@ -78,7 +78,7 @@ class Readers:
             UnservedAttention: if it does not.
 
         Shape:
-            mask ``(B, 1, 1, L + S)``, True where a token may be seen; None: all are.
+            mask ``(B, 1, 1, L + S)``, True or 0 where a token may be seen; None: all are.
         """
         if mask is None:
             if self.bias is not None:
@@ -87,10 +87,10 @@ class Readers:
         if mask is self._checked:
             return
         prompt = self._seen[self._prompt]
-        if mask.dtype != torch.bool or mask.shape[1:3] != (1, 1) or mask.shape[3] < prompt.shape[1]:
-            raise UnservedAttention("a mask of numbers, or one of another shape")
-        length = prompt.shape[1]
-        if not (torch.equal(mask[:, 0, 0, :length], prompt) and bool(mask[..., length:].all())):
+        length, seen = prompt.shape[1], mask if mask.dtype == torch.bool else mask == 0
+        if mask.shape[1:3] != (1, 1) or mask.shape[3] < length:
+            raise UnservedAttention("a mask of another shape")
+        if not (torch.equal(seen[:, 0, 0, :length], prompt) and bool(seen[..., length:].all())):
             raise UnservedAttention("a mask that hides more than padding")
         self._checked = mask
 
