@@ -149,7 +149,7 @@ class PlayedLayer:
         return type(self._layer).forward(self._layer, *args, **kwargs)
 
     def _record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given = (*enumerate(args), *kwargs.items())
+        given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
         found = [(place, value) for place, value in given if isinstance(value, Cache)]
         own = found[0][1].layers[self._number] if len(found) == 1 else None
         forward = type(self._layer).forward
