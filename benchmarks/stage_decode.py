@@ -2,8 +2,8 @@
 
 ``generate`` is called as a user would (its default top-k of 50 and all) and, at batch 64 of a full run, with the truncation off
 as well, which is the distribution that we sample. Ours keeps states, shortlists and log-probabilities; ``generate`` keeps
-nothing. Tokens count up to and including the first that ends a completion. A full run on a CPU also measures ours with the
-backbone in w8a8 and compiled (`common.FAST`), in the same rounds.
+nothing. Tokens count up to and including the first that ends a completion. At batches 1 and 64 a full run on a CPU also measures
+ours with the backbone in w8a8 and compiled (`common.FAST`), in the same rounds.
 
 Limit: every distinct prompt once through the transformer, then weights and cache once a step for the completions that still
 grow, and the head's correction for every token (`limits.ModelWork`, `limits.HeadWork`).
@@ -27,6 +27,8 @@ _BATCHES = {1: (1, 1), 8: (1, 8), 64: (8, 8), 256: (32, 8)}
 _LONG = 512
 #: Those that a quick run has time for.
 _QUICK_BATCHES = (1, 64)
+#: Those at which `common.FAST` is measured as well.
+_FAST_BATCHES = (1, 64)
 
 
 def run(setting: Setting) -> Iterator[Figure]:
@@ -44,12 +46,13 @@ def run(setting: Setting) -> Iterator[Figure]:
             generations,
             tokens,
             repeats,
-            batch == 64 and not setting.quick,
+            untruncated=batch == 64 and not setting.quick,
+            with_fast=batch in _FAST_BATCHES,
         )
         yield from _named(found, f"batch {batch}")
     prompts = setting.pick(1, 2)
     long = setting.long_prompts(prompts, _LONG)
-    found = _compare(setting, head, long, 8, setting.pick(8, 16), setting.pick(1, 2), False)
+    found = _compare(setting, head, long, 8, setting.pick(8, 16), setting.pick(1, 2))
     yield from _named(found, f"{_LONG}-token prompts, 8 generations each")
 
 
@@ -112,7 +115,8 @@ def _compare(
     generations: int,
     tokens: int,
     repeats: int,
-    untruncated: bool,
+    untruncated: bool = False,
+    with_fast: bool = False,
 ) -> Figure:
     backbone, seen = setting.backbone, []
 
@@ -127,7 +131,7 @@ def _compare(
 
     runs: dict[str, Any] = {OURS: ours, "generate": generate}
     warm_ups = {name: lambda call=call: call(prompts[:1], 2) for name, call in runs.items()}
-    if setting.measures_fast:
+    if with_fast and setting.measures_fast:
         fast, fast_head = setting.fast_backbone, correcting_head(setting.fast_backbone)
         runs[FAST_NAME] = lambda: rollout_speed(fast, fast_head, prompts, generations, tokens)[0]
         # All lengths are one code, but a step without padding is another.

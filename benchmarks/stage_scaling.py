@@ -1,7 +1,5 @@
 """What an update costs a token as data, vocabulary, states, ensemble and shortlist grow; random weights, no model.
 
-    python benchmarks/stage_scaling.py '{"vocabulary": 262144}'      # one child; the suite starts one for each size
-
 Every size runs in a process of its own, which also gives its peak memory. Vocabulary, hidden size, members and shortlist:
 updates of 2,048 tokens in memory. Tokens: steps at random places of a state store on disk, which is memory-mapped; it is
 written beforehand by this process, with random states and shortlists. There is no peer: the column ``base`` is the default
@@ -12,15 +10,14 @@ Limit: `limits.HeadWork.update` for the size; from the store, the states read as
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections.abc import Iterator
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import OURS, Figure, Setting, peak_memory_gb, run_child, seconds
+from common import OURS, Figure, Setting, peak_memory_gb, seconds
 from limits import HeadWork, Work
 from torch import nn
 
@@ -47,10 +44,17 @@ _SIZES = {
 #: Those that a quick run has time for.
 _QUICK = {"vocabulary": (262144,), "hidden": (), "members": (16,), "shortlist": ()}
 _TOKENS, _ROW_TOKENS, _PIECE, _MINIBATCH = 2048, 32, 32768, 512
+#: Random pieces of a store; further ones repeat them, for drawing them takes longer than writing.
+_PIECES = 3
 #: Steps of a repeat from a store: more than are read ahead at a time (`tea_rl.training.read_ahead`).
 _STORE_STEPS = 48
 #: Processes of one size: where their memory lies makes them differ by a fifth.
 _ROUNDS = 3
+#: Processes are forked off one that has imported everything and done nothing else: imports take longer than what is measured.
+_APART = get_context("forkserver")
+_APART.set_forkserver_preload(
+    ["tea_rl.training.learner", "tea_rl.training.offline_learner", "tea_rl.states.writer"]
+)
 
 
 def run(setting: Setting) -> Iterator[Figure]:
@@ -72,8 +76,7 @@ def run(setting: Setting) -> Iterator[Figure]:
     for count in counts:
         store = setting.folder / f"store-{count}"
         write_random_store(store, count, base)
-        reading = {**base, "store": str(store), "repeats": setting.pick(2, 4)}
-        read = run_child("stage_scaling.py", json.dumps(reading))
+        read = _apart({**base, "store": str(store), "repeats": setting.pick(2, 3)})
         first = first or read
         yield _figure(setting, f"tokens {count}", base, read, first)
         for file in store.iterdir():  # gigabytes
@@ -87,11 +90,17 @@ def _in_memory(wanted: dict[str, Any], repeats: int, rounds: int) -> dict[str, d
         for name, size in wanted.items():
             if number and not name.startswith(("default", "vocabulary")):
                 continue
-            newest = run_child("stage_scaling.py", json.dumps({**size, "repeats": repeats}))
+            newest = _apart({**size, "repeats": repeats})
             known = found.setdefault(name, {"microseconds": [], "peak_memory_gb": 0.0})
             known["microseconds"] += newest["microseconds"]
             known["peak_memory_gb"] = max(known["peak_memory_gb"], newest["peak_memory_gb"])
     return found
+
+
+def _apart(size: dict[str, Any]) -> dict[str, Any]:
+    """`child` in a process of its own."""
+    with _APART.Pool(1, maxtasksperchild=1) as pool:
+        return pool.apply(child, (size,))
 
 
 def _figure(
@@ -174,15 +183,19 @@ def write_random_store(path: Path, count: int, size: dict[str, Any]) -> None:
         "dataset", keys, "random", size["hidden"], size["hidden"], size["vocabulary"], size["shortlist"], 1.0, 1.0
     )  # fmt: skip
     with StoreWriter.create_or_continue(path, header, output_layer(size)) as writer:
+        pieces: list[TokenBatch] = []
         for start in range(0, count, _PIECE):
             number = min(_PIECE, count - start) // _ROW_TOKENS
             first = start // _ROW_TOKENS
+            if len(pieces) < _PIECES:
+                pieces.append(random_tokens(number * _ROW_TOKENS, size, generator))
+            piece = pieces[start // _PIECE % len(pieces)].select(torch.arange(number * _ROW_TOKENS))
             rewards = torch.rand(number, generator=generator).tolist()
             rows = [
                 StoredRow([0], "", "", reward=reward, group=first + at, source_row=first + at)
                 for at, reward in enumerate(rewards)
             ]
-            writer.append(rows, random_tokens(number * _ROW_TOKENS, size, generator))
+            writer.append(rows, piece)
         writer.finish()
 
 
@@ -225,7 +238,3 @@ def _from_store(path: Path, repeats: int, generator: torch.Generator) -> list[fl
             count += len(batch)
         measured.append((time.perf_counter() - started) / count * 1e6)
     return measured[1:]  # the first warmed up
-
-
-if __name__ == "__main__":
-    print(json.dumps(child(json.loads(sys.argv[1]))))
