@@ -151,6 +151,9 @@ class Backbone:
     ) -> Tensor:
         """Run the transformer and return the states that feed the output layer.
 
+        It runs in inference mode: the states are a plain tensor, but what is left in a cache or a context cannot be changed in place
+        outside of it.
+
         Arguments the architecture does not know (``position_ids`` where positions are relative) are left out.
 
         Shape:

@@ -25,14 +25,15 @@ class ModelConfig(Group):
     quantization: Literal["none", "int8", "nf4", "w8a8"] = Field(
         "none",
         description="Load the backbone's weights in 8 or 4 bits (int8, nf4: bitsandbytes; less memory), or in 8 bits with 8-bit "
-        "inputs (w8a8: CPUs only; faster, together with model.compile most of all; slightly another model).",
+        "inputs (w8a8: CPUs only; faster; slightly another model).",
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where the backbone runs.")
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub model.")
     compile: bool = Field(
         False,
         description="Compile the transformer's layers for steps by one token (torch.compile, needs a C++ compiler): half a minute at "
-        "the start, fewer small operations in every step. Pays with quantization w8a8; never run on a GPU yet.",
+        "the start, fewer small operations in every step. Pays with quantization w8a8 and dozens of rows, not for few; never run on "
+        "a GPU yet.",
     )
 
 
