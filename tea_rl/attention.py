@@ -91,7 +91,10 @@ def step_mask(
     mask = sdpa_mask(batch_size, q_length, *args, dtype=dtype, **kwargs)
     if mask is None or q_length != 1 or dtype is None:
         return mask
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf)
+    # Not minus infinity: padding that is read as a token sees nothing, and must not become NaN.
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
+        ~mask, torch.finfo(dtype).min
+    )
 
 
 def newest_token(

@@ -88,9 +88,8 @@ class Backbone:
         self.newest_prefix: tuple[Any, Any, ContextState | None] | None = None
         #: Whether rows may share their prompt's keys and values; None: not asked yet. `tea_rl.rollout.shared_prefix` finds out.
         self.shares_prefixes: bool | None = None
-        #: Its layers' one-token steps as straight calls, once tried; None where that cannot be. `tea_rl.rollout.tape` makes it.
+        #: Its layers' one-token steps as straight calls, once `tea_rl.rollout.tape` has made it.
         self.tape: Any = None
-        self.tape_tried = False
 
     @property
     def body(self) -> nn.Module:

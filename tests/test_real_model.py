@@ -11,6 +11,7 @@ from tea_rl.cli import main
 from tea_rl.devices import resolve_dtype
 from tea_rl.packaged import INSTALL_COMMAND, packaged_gguf
 from tea_rl.rollout import sequences
+from tea_rl.rollout.tape import tape_of
 
 pytestmark = [
     pytest.mark.model,
@@ -84,11 +85,8 @@ def test_played_layers_say_what_their_modules_say(backbone, monkeypatch):
     head = TeaHead.for_backbone(backbone)
     settings = DecodeSettings(num_generations=4, max_new_tokens=16)
     played = generate(backbone, head, encode(backbone), settings).tokens
-    players = backbone.tape.players
-    assert all(player.play for player in players)
-    monkeypatch.setattr(sequences, "play_layers", lambda _: None)
-    for player in players:
-        monkeypatch.setattr(player, "play", None)
+    assert tape_of(backbone) is not None
+    monkeypatch.setattr(sequences, "tape_of", lambda _: None)
     by_modules = generate(backbone, head, encode(backbone), settings).tokens
     assert torch.equal(played.actions, by_modules.actions) and torch.equal(played.states, by_modules.states)
 

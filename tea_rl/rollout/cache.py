@@ -59,6 +59,10 @@ class PreallocatedLayer(DynamicLayer):
         self._set_length(start + count)
         return self.keys, self.values
 
+    def crop(self, max_length: int) -> None:
+        """Keep the first so many slots; a negative number is how many go."""
+        self._set_length(min(self._length, max_length if max_length >= 0 else self._length + max_length))
+
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows at ``indices``; one that occurs twice is copied."""
         self._keys, self._values = self._keys.index_select(0, indices), self._values.index_select(0, indices)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy, deepcopy
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from tea_rl.head.config import ContextConfig
 from tea_rl.head.context import ContextState
 from tea_rl.rollout.cache import CachedRow, cut_row, pack_rows, preallocate, select_rows
 from tea_rl.rollout.shared_prefix import Readers, share_prefix, worth_sharing
-from tea_rl.rollout.tape import play_layers
+from tea_rl.rollout.tape import tape_of
 
 #: A batch is compacted when at least this share of its rows has finished; compacting copies the cache.
 _COMPACT_SHARE = 0.125
@@ -78,13 +79,13 @@ class Sequences:
         self.mask = torch.cat([mask, mask.new_ones(len(mask), room)], dim=1)
         self.positions = mask.sum(dim=1, keepdim=True)
         self.rows = torch.arange(len(at), device=mask.device)
-        self._advanced = False
+        self._playing: Callable[[], AbstractContextManager[None]] | None = None
 
     def advance(self, actions: Tensor, ended: Tensor) -> None:
         """Append the completions' tokens, let go of those that ended, and run the backbone by one token."""
-        if not self._advanced:  # not before there is a step: it takes as long as a dozen
-            play_layers(self.backbone)
-            self._advanced = True
+        if self._playing is None:  # not before there is a step: recording takes as long as a dozen
+            tape = tape_of(self.backbone)
+            self._playing = nullcontext if tape is None else tape.playing
         self.rows, actions = self.rows[~ended], actions[~ended]
         pairs = self.at[~ended] * self.backbone.vocab_size + actions
         distinct, which = torch.unique(pairs, return_inverse=True)
@@ -103,13 +104,15 @@ class Sequences:
             self.at, places = parents[which], parents
         tokens = torch.full_like(self.positions[:, 0], self.backbone.pad_token_id).scatter_(0, places, tokens)
         self.length += 1
-        self.states = self.backbone.forward(
-            input_ids=tokens.unsqueeze(1),
-            attention_mask=self.mask[:, : self.length],
-            position_ids=self.positions,
-            past_key_values=self.cache,
-            context=self.context,
-        )[:, -1]
+        with self._playing():
+            states = self.backbone.forward(
+                input_ids=tokens.unsqueeze(1),
+                attention_mask=self.mask[:, : self.length],
+                position_ids=self.positions,
+                past_key_values=self.cache,
+                context=self.context,
+            )
+        self.states = states[:, -1]
         self.positions = self.positions + 1
         self.tokens_run += len(self.positions)
 

@@ -7,20 +7,27 @@ wherever a token of every row is read over the caches of this package. Everythin
 
 Operations are recorded twice, with other numbers of rows and other lengths. Where both say the same number it is the model's; a
 multiple of the rows is written as one; anything else, or a value that was read out of a tensor, and the model keeps its modules. So it does
-if what is played differs in a single bit from what the modules say about two other batches.
+if what is played differs in a single bit from what the modules say about two other batches. What cannot be noticed is a layer that does
+something else beyond some number of rows or tokens (none is known).
+
+Only `tea_rl.rollout.sequences.Sequences` plays, and looks at the layers before its first step: they are recorded anew if a part of them was
+exchanged, and called as long as somebody hooks into one.
 """
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Callable, Sequence
-from copy import deepcopy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
+from threading import get_ident
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.overrides import TorchFunctionMode
 from transformers.cache_utils import Cache, DynamicCache
 
@@ -31,10 +38,11 @@ from tea_rl.head.context import layer_list
 from tea_rl.rollout.cache import PreallocatedLayer, preallocate
 from tea_rl.rollout.shared_prefix import SharedPrefixLayer
 
+_log = logging.getLogger(__name__)
 #: Rows and lengths that are recorded: no number is a multiple of both rows, or of both lengths, by accident.
 _RECORDED = ((7, 5), (11, 6))
-#: Rows and lengths that are compared; one row has no padding, and hence no mask.
-_COMPARED = ((1, 4), (3, 9))
+#: Rows and lengths that are compared: one row, which has no padding and hence no mask, and more than were recorded.
+_COMPARED = ((1, 4), (24, 17))
 #: Layers of a cache that play.
 _PLAYED = (PreallocatedLayer, SharedPrefixLayer)
 #: What may be asked of a tensor without reading its numbers: answers are the same whenever the operations are.
@@ -123,159 +131,209 @@ class _Record(NamedTuple):
 
 
 class PlayedLayer:
-    """Takes the place of ``layer.forward``: plays where it can, and calls the modules where it cannot.
+    """Takes the place of ``layer.forward``: plays while its tape is on, and else calls the modules.
+
+    Copied or pickled with its layer it has no tape, and calls the modules always.
 
     Args:
         layer: of the transformer.
         number: of its part of a cache.
+        tape: that it belongs to.
+
+    Attributes:
+        play: what it plays, a function of positional arguments, named ones and its part of the cache.
+        records: of the steps while it is watched; None while it is not.
     """
 
-    def __init__(self, layer: nn.Module, number: int) -> None:
-        self._layer, self._number = layer, number
+    def __init__(self, layer: nn.Module, number: int, tape: Tape | None) -> None:
+        self._layer, self._number, self._tape = layer, number, tape
         self.play: Callable[..., Any] | None = None
         self.records: list[_Record] | None = None
         self._cache_at: int | str = "past_key_values"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.play is not None:
+        if self._tape is not None and self._tape.on_in == get_ident():
+            if self.records is not None:
+                return self._record(args, kwargs)
+            assert self.play is not None
             where = self._cache_at
-            kept = kwargs.get(where) if isinstance(where, str) else args[where]
-            if kept is not None and (args[0] if args else kwargs["hidden_states"]).shape[1] == 1:
-                own = kept.layers[self._number] if self._number < len(kept.layers) else None
-                if type(own) in _PLAYED:
-                    return self.play(args, kwargs, own)
-        elif self.records is not None:
-            return self._record(args, kwargs)
+            kept = kwargs[where] if isinstance(where, str) else args[where]
+            own = kept.layers[self._number]
+            if type(own) in _PLAYED:
+                return self.play(args, kwargs, own)
         return type(self._layer).forward(self._layer, *args, **kwargs)
 
     def _record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
         found = [(place, value) for place, value in given if isinstance(value, Cache)]
-        own = found[0][1].layers[self._number] if len(found) == 1 else None
-        forward = type(self._layer).forward
-        if type(own) is not PreallocatedLayer:  # prompts
-            return forward(self._layer, *args, **kwargs)
+        if len(found) != 1:
+            raise _Refused("no cache, or two")
         self._cache_at, recorder = found[0][0], _Recorder()
-        part = _RecordedCache(own, recorder)
+        part = _RecordedCache(found[0][1].layers[self._number], recorder)
         own_args = tuple(part if isinstance(value, Cache) else value for value in args)
         own_kwargs = {name: part if isinstance(value, Cache) else value for name, value in kwargs.items()}
         with recorder:
-            output = forward(self._layer, *own_args, **own_kwargs)
+            output = type(self._layer).forward(self._layer, *own_args, **own_kwargs)
         assert self.records is not None
         self.records.append(_Record(args, kwargs, recorder.steps, output))
         return output
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PlayedLayer:
-        return PlayedLayer(deepcopy(self._layer, memo), self._number)  # its weights are others
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_tape": None, "play": None, "records": None}
 
 
 class Tape:
-    """The layers of a backbone's transformer, played; made by `play_layers`."""
+    """The layers of a backbone's transformer, as they are played; made by `tape_of`.
 
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
-        self.players = [PlayedLayer(layer, number) for number, layer in enumerate(layers)]
-        self._layers = layers
-        self._programs: list[Callable[..., Any]] = []
-        self._seen: list[Any] = []
+    Attributes:
+        refused: why nothing is played; None if it is.
+        on_in: the thread whose steps are played (or recorded) now.
+    """
 
-    def install(self) -> None:
-        """Put the players where the layers' ``forward`` is."""
-        for layer, player in zip(self._layers, self.players, strict=True):
-            layer.forward = player  # type: ignore[assignment]
+    def __init__(self, backbone: Backbone) -> None:
+        self._backbone = backbone
+        self._layers = _layers(backbone)
+        self._players = [PlayedLayer(layer, number, self) for number, layer in enumerate(self._layers)]
+        self._parts = self._look()
+        self.refused: str | None = None
+        self.on_in: int | None = None
+        try:
+            self._record()
+        except Exception as error:  # a model may do anything while it is recorded, and keeps its modules then
+            self.refused = f"{type(error).__name__}: {error}"
+            _log.debug("layers of %s are not played: %s", backbone.name_or_path, self.refused)
+        finally:
+            if self.refused is not None or any(player.play is None for player in self._players):
+                self.remove()
 
     def remove(self) -> None:
         """Leave the layers as they were."""
-        for layer in self._layers:
-            vars(layer).pop("forward", None)
+        for layer, player in zip(self._layers, self._players, strict=True):
+            player.play = player.records = None
+            if vars(layer).get("forward") is player:
+                del layer.forward
 
-    def write(self) -> None:
-        """Make programs of what the players have recorded twice.
+    def is_current(self) -> bool:
+        """Whether the layers are still those that were recorded, as far as can be seen without calling them."""
+        now = self._look()
+        return len(now) == len(self._parts) and all(a is b for a, b in zip(now, self._parts, strict=True))
 
-        Raises:
-            _Refused: if that cannot be done.
-        """
-        for player in self.players:
-            assert player.records is not None
-            self._programs.append(_program(*player.records))
-            player.records = None
-        self._seen = self._parts()
+    @contextmanager
+    def playing(self) -> Iterator[None]:
+        """Inside, this thread's steps are played."""
+        self.on_in = get_ident()
+        try:
+            yield
+        finally:
+            self.on_in = None
 
-    def refresh(self) -> None:
-        """Play, unless somebody has exchanged a part of a layer, or listens to one, since it was recorded."""
-        now = self._parts()
-        same = len(now) == len(self._seen) and all(a is b for a, b in zip(now, self._seen, strict=True))
-        for player, program in zip(self.players, self._programs, strict=True):
-            player.play = program if same else None
+    def _record(self) -> None:
+        """Watch, write and compare."""
+        if not self._layers:
+            raise _Refused("not a model whose layers can be watched")
+        recorded, compared = ([_Batch(self._backbone, *shape) for shape in s] for s in (_RECORDED, _COMPARED))
+        expected = [batch.step() for batch in compared]
+        for layer, player in zip(self._layers, self._players, strict=True):
+            layer.forward, player.records = player, []  # type: ignore[assignment]
+        with self.playing():
+            for batch in recorded:
+                batch.step()
+            programs = [_program(*player.records or ()) for player in self._players]
+            for player, program in zip(self._players, programs, strict=True):
+                player.play, player.records = program, None
+            played = [batch.step() for batch in compared]
+        if not all(torch.equal(a, b) for a, b in zip(sum(expected, []), sum(played, []), strict=True)):
+            raise _Refused("what is played is not what the modules say")
 
-    def _parts(self) -> list[Any]:
-        """Modules and parameters of all layers, and who hooks into them; hooks of a layer itself are called as ever."""
-        parts: list[Any] = []
+    def _look(self) -> list[Any]:
+        """What may be exchanged in the layers: modules, tensors and their formats, numbers, and functions in the place of others."""
+        parts: list[Any] = [self._backbone.model.config.get_text_config()._attn_implementation]
         for layer in self._layers:
             for module in layer.modules():
-                parts.append(module)
-                parts += module._parameters.values()
-                if module is not layer:
-                    parts += [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+                parts += [module, type(module).forward]
+                parts += [value for value in vars(module).values() if type(value) in (bool, int, float)]
+                parts += [None if module is layer else vars(module).get("forward")]
+                for tensor in (*module._parameters.values(), *module._buffers.values()):
+                    parts += [tensor, None if tensor is None else tensor.dtype]
         return parts
 
+    def __reduce__(self) -> Any:
+        return type(None), ()  # a copy of the backbone has other layers
 
-def play_layers(backbone: Backbone) -> None:
-    """See to it that one-token steps of a backbone on a CPU are played from now on, if its layers let them be.
 
-    The first call takes as long as a dozen steps; later ones look whether the layers are still those that were recorded.
+def tape_of(backbone: Backbone) -> Tape | None:
+    """The tape of a backbone's layers as they are now; None where they must be called: somebody hooks into them, or they cannot be played.
+
+    The first call, and one after a part was exchanged, takes as long as a dozen steps.
     """
-    if not backbone.tape_tried:
-        backbone.tape_tried = True
-        backbone.tape = _tape(backbone)
-    if backbone.tape is not None:
-        backbone.tape.refresh()
-
-
-def _tape(backbone: Backbone) -> Tape | None:
-    config = backbone.model.config.get_text_config()
-    layers = layer_list(backbone.body, config.num_hidden_layers)
-    if (
-        backbone.device.type != "cpu"
-        or backbone.compile
-        or backbone.quantization not in ("none", "w8a8")  # others call what torch does not see
-        or config._attn_implementation != NAME
-        or layers is None
-        or any("forward" in vars(layer) for layer in layers)
-    ):
+    current = backbone.tape is not None and backbone.tape.is_current()
+    if torch.is_autocast_enabled("cpu") or _are_heard(_layers(backbone), current):
         return None
-    tape = Tape(list(layers))
-    try:
-        expected = [_step(backbone, *shape) for shape in _COMPARED]
-        tape.install()
-        for player in tape.players:
-            player.records = []
-        for rows, length in _RECORDED:
-            _step(backbone, rows, length)
-        tape.write()
-        tape.refresh()
-        played = [_step(backbone, *shape) for shape in _COMPARED]
-        if all(torch.equal(a, b) for a, b in zip(sum(expected, []), sum(played, []), strict=True)):
-            return tape
-    except Exception:  # a model may do anything while it is recorded, and keeps its modules then
-        pass
-    tape.remove()
-    return None
+    if not current:
+        if backbone.tape is not None:
+            backbone.tape.remove()
+        backbone.tape = Tape(backbone)
+    return None if backbone.tape.refused else backbone.tape
 
 
-def _step(backbone: Backbone, rows: int, length: int) -> list[Tensor]:
-    """States of the last of so many tokens, and all keys and values; the first row is padded if there are several."""
-    # Spread over the vocabulary: its first tokens mean nothing in many models.
-    ids = (1000 + 997 * torch.arange(rows * length).view(rows, length)) % backbone.vocab_size
-    mask = torch.ones_like(ids)
-    mask[0, 0] = int(rows == 1)
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    cached = DynamicCache(config=backbone.model.config)
-    backbone.forward(ids[:, :-1], mask[:, :-1], positions[:, :-1], cached)
-    preallocate(cached, length)
-    if not all(type(layer) is PreallocatedLayer for layer in cached.layers):
-        raise _Refused("another kind of cache")
-    states = backbone.forward(ids[:, -1:], mask, positions[:, -1:], cached)
-    return [states, *(part for layer in cached.layers for part in (layer.keys, layer.values))]
+def _layers(backbone: Backbone) -> list[nn.Module]:
+    """The layers of a model that may be watched; none where it may not."""
+    config = backbone.model.config.get_text_config()
+    layers = list(layer_list(backbone.body, config.num_hidden_layers) or ())
+    watched = (
+        backbone.device.type == "cpu"
+        and not backbone.compile
+        and backbone.quantization in ("none", "w8a8")  # others call what torch does not see
+        and config._attn_implementation == NAME
+        and not any(_is_patched(layer) for layer in layers)
+    )
+    return layers if watched else []
+
+
+def _is_patched(layer: nn.Module) -> bool:
+    """Whether somebody else has put a function in the place of its ``forward``."""
+    return "forward" in vars(layer) and not isinstance(vars(layer)["forward"], PlayedLayer)
+
+
+def _are_heard(layers: Sequence[nn.Module], recorded: bool) -> bool:
+    """Whether somebody hooks into the layers. Hooks of a layer itself are called as ever, but should not hear it recorded."""
+    if _global_forward_hooks or _global_forward_pre_hooks:
+        return True
+    return any(
+        module._forward_hooks or module._forward_pre_hooks
+        for layer in layers
+        for module in layer.modules()
+        if not (recorded and module is layer)
+    )
+
+
+class _Batch:
+    """Rows after all but the last of so many tokens; the first row is padded if there are several.
+
+    Raises:
+        _Refused: if the model's cache is of another kind.
+    """
+
+    def __init__(self, backbone: Backbone, rows: int, length: int) -> None:
+        # Spread over the vocabulary: its first tokens mean nothing in many models.
+        ids = (1000 + 997 * torch.arange(rows * length).view(rows, length)) % backbone.vocab_size
+        mask = torch.ones_like(ids)
+        mask[0, 0] = int(rows == 1)
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        self._cache = DynamicCache(config=backbone.model.config)
+        backbone.forward(ids[:, :-1], mask[:, :-1], positions[:, :-1], self._cache)
+        self._read = list(self._cache.layers)
+        self._newest = ids[:, -1:], mask, positions[:, -1:]
+        self._forward = backbone.forward
+
+    def step(self) -> list[Tensor]:
+        """States of the last token, and all keys and values."""
+        self._cache.layers = list(self._read)
+        preallocate(self._cache, self._newest[1].shape[1])
+        if not all(type(layer) is PreallocatedLayer for layer in self._cache.layers):
+            raise _Refused("another kind of cache")
+        states = self._forward(*self._newest, self._cache)
+        return [states, *(part for layer in self._cache.layers for part in (layer.keys, layer.values))]
 
 
 # -- from two records to a function --------------------------------------------------------------------------------------

@@ -1,18 +1,23 @@
 """Layers that are played: the bits of the modules, in every family; and the modules wherever playing could be wrong."""
 
+import gc
+import pickle
+import weakref
 from copy import deepcopy
 
 import pytest
 import torch
 from test_decode import encode, trained_head
 from test_shared_prefix import ALIKE, LONG
-from tiny import SUPPORTED, tiny_backbone
-from transformers.cache_utils import DynamicCache
+from tiny import SUPPORTED, save_tiny, tiny_backbone
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from tea_rl.rollout import DecodeSettings, generate, sequences
-from tea_rl.rollout.cache import preallocate
-from tea_rl.rollout.tape import PlayedLayer, play_layers
+from tea_rl.backbone import load_backbone
+from tea_rl.head.config import ContextConfig
+from tea_rl.rollout import DecodeSettings, generate, sequences, tape
+from tea_rl.rollout.cache import cut_row
+from tea_rl.rollout.sequences import extend
+from tea_rl.rollout.tape import PlayedLayer, tape_of
 
 #: Those whose layers ask our attention for everything, over caches that are written in place.
 PLAYED = set(SUPPORTED) - {"bloom", "gemma3"}
@@ -31,16 +36,13 @@ def write(backbone, texts=tuple(PROMPTS)):
 
 
 def played(backbone):
-    return backbone.tape is not None and all(player.play for player in backbone.tape.players)
+    return tape_of(backbone) is not None
 
 
 def by_modules(backbone, monkeypatch, *given):
     """The same without the tape."""
     with monkeypatch.context() as patch:
-        patch.setattr(sequences, "play_layers", lambda _: None)
-        players = [] if backbone.tape is None else backbone.tape.players
-        for player in players:
-            player.play = None
+        patch.setattr(sequences, "tape_of", lambda _: None)
         return write(backbone, *given)
 
 
@@ -70,14 +72,32 @@ def test_modules_are_called_where_no_step_is_played(fresh):
     assert len(calls) == 9
 
 
-def test_who_listens_to_a_module_hears_every_step(fresh, monkeypatch):
-    first, heard = write(fresh), []
+@pytest.mark.parametrize("before", [True, False])
+def test_who_listens_to_a_module_hears_every_step(fresh, monkeypatch, before):
+    heard = []
+    first = by_modules(fresh, monkeypatch) if before else write(fresh)
     mlp = fresh.model.model.layers[1].mlp
     hook = mlp.register_forward_hook(lambda _, given, output: heard.append(len(output)) or 2 * output)
     changed = write(fresh)
     assert not played(fresh) and len(heard) == 12  # the prompts, and eleven steps
     assert torch.equal(changed.states, by_modules(fresh, monkeypatch).states)
     hook.remove()
+    assert torch.equal(write(fresh).states, first.states) and played(fresh)
+
+
+def test_hooks_of_a_layer_hear_steps_that_are_played(fresh):
+    first, heard = write(fresh), []
+    hook = fresh.model.model.layers[1].register_forward_hook(lambda *_: heard.append(1))
+    assert torch.equal(write(fresh).states, first.states) and played(fresh) and len(heard) == 12
+    hook.remove()
+
+
+def test_who_listens_to_all_modules_hears_every_step(fresh):
+    first, heard = write(fresh), []
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: heard.append(module))
+    write(fresh)
+    hook.remove()
+    assert sum(isinstance(module, LlamaMLP) for module in heard) == 2 * 12
     assert torch.equal(write(fresh).states, first.states) and played(fresh)
 
 
@@ -93,12 +113,61 @@ def change_weight(layer):
     layer.mlp.down_proj.weight.data.mul_(3)
 
 
-@pytest.mark.parametrize("change", [exchange_module, exchange_weight, change_weight])
+def put_in_place(layer):
+    forward = layer.mlp.forward
+    layer.mlp.forward = lambda x: 2 * forward(x)
+
+
+def change_number(layer):
+    layer.self_attn.scaling *= 2
+
+
+@pytest.mark.parametrize(
+    "change", [exchange_module, exchange_weight, change_weight, put_in_place, change_number]
+)
 def test_a_changed_layer_is_not_forgotten(fresh, change, monkeypatch):
     first = write(fresh)
     change(fresh.model.model.layers[0])
     second = write(fresh)
-    assert not torch.equal(first.states, second.states)
+    assert not torch.equal(first.states, second.states) and played(fresh)
+    assert torch.equal(second.states, by_modules(fresh, monkeypatch).states)
+
+
+def test_weights_that_were_exchanged_are_let_go(fresh):
+    write(fresh)
+    old = weakref.ref(fresh.model.model.layers[0].mlp.down_proj.weight)
+    exchange_weight(fresh.model.model.layers[0])
+    write(fresh)
+    gc.collect()
+    assert old() is None
+
+
+def test_one_more_token_is_read_by_the_modules(fresh):
+    """Nobody has looked at the layers then."""
+    write(fresh)
+    rows = [cut_row(prefilled.cache, 0, torch.arange(4), None) for prefilled in [prompt(fresh)]]
+    first, _ = extend(fresh, rows, [[4, 5, 6, 7, 8]], ContextConfig())
+    exchange_weight(fresh.model.model.layers[0])
+    second, _ = extend(fresh, rows, [[4, 5, 6, 7, 8]], ContextConfig())
+    assert not torch.equal(first, second)
+
+
+def prompt(backbone):
+    return sequences.prefill(backbone, [[4, 5, 6, 7]], None)
+
+
+def test_steps_under_autocast_are_not_played(fresh, monkeypatch):
+    write(fresh)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not played(fresh)
+    assert played(fresh)
+
+
+def test_a_model_in_another_format_is_not_the_one_that_was_recorded(fresh, monkeypatch):
+    write(fresh)
+    fresh.model.bfloat16()
+    second = write(fresh)
+    assert second.states.dtype == torch.bfloat16 and played(fresh)
     assert torch.equal(second.states, by_modules(fresh, monkeypatch).states)
 
 
@@ -114,6 +183,10 @@ def branches_on_rows(x):
     return 2 * x if len(x) == 1 else x
 
 
+def branches_on_even_rows(x):
+    return x if len(x) % 2 else 2 * x
+
+
 def draws(x):
     return x + torch.rand_like(x)
 
@@ -126,9 +199,19 @@ def chooses(x):
     return x[torch.nonzero(x[:, 0, 0] > -9).squeeze(1)]
 
 
-@pytest.mark.parametrize("does", [reads_a_number, branches_on_a_number, branches_on_rows, draws])
-def test_what_may_differ_from_step_to_step_is_not_played(fresh, monkeypatch, does):
+@pytest.mark.parametrize(
+    "does, refused",
+    [
+        (reads_a_number, "reads a tensor"),
+        (branches_on_a_number, "reads a tensor"),
+        (branches_on_rows, "not what the modules say"),
+        (branches_on_even_rows, "not what the modules say"),
+        (draws, "not what the modules say"),
+    ],
+)
+def test_what_may_differ_from_step_to_step_is_not_played(fresh, monkeypatch, does, refused):
     assert_plays(fresh, monkeypatch, does, False)
+    assert refused in fresh.tape.refused
     assert not any("forward" in vars(layer) for layer in fresh.model.model.layers)
 
 
@@ -143,7 +226,6 @@ def assert_plays(backbone, monkeypatch, does, plays):
     torch.manual_seed(0)
     modules = by_modules(backbone, monkeypatch)
     torch.manual_seed(0)
-    play_layers(backbone)
     assert played(backbone) == plays
     torch.manual_seed(0)
     assert torch.equal(write(backbone).states, modules.states)
@@ -162,21 +244,43 @@ def test_a_step_that_depends_on_the_length_is_not_played(fresh, monkeypatch):
     assert torch.equal(write(fresh).states, modules.states) and not played(fresh)
 
 
-def test_a_copy_of_a_model_has_weights_of_its_own(fresh):
-    ids, mask, positions = torch.arange(10).view(2, 5), torch.ones(2, 5).long(), torch.arange(5).expand(2, 5)
+@pytest.mark.parametrize("copied", [deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_model_has_weights_of_its_own(fresh, copied):
     write(fresh)
-
-    def newest(model):
-        cache = DynamicCache(config=model.config)
-        model.model(ids[:, :4], attention_mask=mask[:, :4], past_key_values=cache)
-        preallocate(cache, 5)
-        given = {"attention_mask": mask, "position_ids": positions[:, 4:], "past_key_values": cache}
-        return model.model(ids[:, 4:], **given).last_hidden_state
-
+    twin = copied(fresh.model)
+    assert isinstance(vars(twin.model.layers[0])["forward"], PlayedLayer)
+    ids = torch.arange(10).view(2, 5)
     with torch.no_grad():
-        same, twin = newest(fresh.model), deepcopy(fresh.model)
-        assert torch.equal(newest(twin), same)
+        first = fresh.model(ids).logits
+        assert torch.equal(twin(ids).logits, first)
         twin.model.layers[0].mlp.down_proj.weight.mul_(5)
-        assert not torch.equal(newest(twin), same)
-        assert torch.equal(newest(fresh.model), same)
-    assert isinstance(vars(fresh.model.model.layers[0])["forward"], PlayedLayer)
+        assert not torch.equal(twin(ids).logits, first)
+        assert torch.equal(fresh.model(ids).logits, first)
+
+
+def test_a_copy_of_a_backbone_plays_weights_of_its_own(fresh, monkeypatch):
+    first, twin = write(fresh), deepcopy(fresh)
+    twin.model.model.layers[0].mlp.down_proj.weight.data.mul_(5)
+    second = write(twin)
+    assert played(twin) and not torch.equal(second.states, first.states)
+    assert torch.equal(second.states, by_modules(twin, monkeypatch).states)
+    assert torch.equal(write(fresh).states, first.states)
+
+
+def test_who_breaks_off_while_layers_are_recorded_leaves_them_as_they_were(fresh, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tape, "_program", stop)
+        with pytest.raises(KeyboardInterrupt):
+            write(fresh)
+    assert not any("forward" in vars(layer) for layer in fresh.model.model.layers)
+    assert played(fresh)
+
+
+@pytest.mark.parametrize("loading", [{"dtype": "bfloat16"}, {"dtype": "float32", "quantization": "w8a8"}])
+def test_layers_laid_out_for_inference_are_played(tmp_path, monkeypatch, loading):
+    backbone = load_backbone(str(save_tiny("llama", tmp_path)), device="cpu", **loading)
+    modules = by_modules(backbone, monkeypatch)
+    assert torch.equal(write(backbone).states, modules.states) and played(backbone)
