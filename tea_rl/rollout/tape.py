@@ -17,13 +17,10 @@ exchanged, and called as long as somebody hooks into one.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from threading import get_ident
-from types import CodeType, FunctionType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +34,7 @@ from tea_rl.compiled import LayerCache
 from tea_rl.head.context import layer_list
 from tea_rl.rollout.cache import PreallocatedLayer, preallocate
 from tea_rl.rollout.shared_prefix import SharedPrefixLayer
+from tea_rl.rollout.tape_program import Record, Refused, Step, program, update_cache
 
 _log = logging.getLogger(__name__)
 #: Rows and lengths that are recorded: no number is a multiple of both rows, or of both lengths, by accident.
@@ -45,24 +43,6 @@ _RECORDED = ((7, 5), (11, 6))
 _COMPARED = ((1, 4), (24, 17))
 #: Layers of a cache that play.
 _PLAYED = (PreallocatedLayer, SharedPrefixLayer)
-#: What may be asked of a tensor without reading its numbers: answers are the same whenever the operations are.
-_QUESTIONS = frozenset(
-    {"__get__", "size", "dim", "ndimension", "stride", "numel", "is_floating_point", "is_complex"}
-    | {"is_inference", "is_contiguous", "element_size", "__len__", "get_device", "type"}
-)
-
-
-class _Refused(Exception):
-    """A layer does something that cannot be written down."""
-
-
-class _Step(NamedTuple):
-    """A call that a layer made, and what it was given back."""
-
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output: Any
 
 
 class _Recorder(TorchFunctionMode):
@@ -70,7 +50,7 @@ class _Recorder(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.steps: list[_Step] = []
+        self.steps: list[Step] = []
         self._paused = False
         #: What the cache returned last, and the same as the layer was given it.
         self._cached: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
@@ -78,7 +58,7 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
         output = func(*args, **(kwargs or {}))
         if not self._paused:
-            self.steps.append(_Step(func, args, kwargs or {}, output))
+            self.steps.append(Step(func, args, kwargs or {}, output))
         return output
 
     def update(self, own: Any, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,7 +69,7 @@ class _Recorder(TorchFunctionMode):
         setattr(known[0], OWNER, self)
         self._paused = False
         self._cached = (all_keys, all_values, *known)
-        self.steps.append(_Step(_update, (keys, values), {}, known))
+        self.steps.append(Step(update_cache, (keys, values), {}, known))
         return known
 
     def attend(self, query: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
@@ -99,13 +79,8 @@ class _Recorder(TorchFunctionMode):
         self._paused = True
         output = newest_token(query, keys, values, mask, scale)
         self._paused = False
-        self.steps.append(_Step(newest_token, (query, known_keys, known_values, mask, scale), {}, output))
+        self.steps.append(Step(newest_token, (query, known_keys, known_values, mask, scale), {}, output))
         return output
-
-
-def _update(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Stands for the update of a layer's cache in a record."""
-    raise NotImplementedError
 
 
 class _RecordedCache(LayerCache):
@@ -119,15 +94,6 @@ class _RecordedCache(LayerCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         return self._recorder.update(self.layers[0], key_states, value_states)
-
-
-class _Record(NamedTuple):
-    """What one layer was given, did and returned."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    steps: list[_Step]
-    output: Any
 
 
 class PlayedLayer:
@@ -148,7 +114,7 @@ class PlayedLayer:
     def __init__(self, layer: nn.Module, number: int, tape: Tape | None) -> None:
         self._layer, self._number, self._tape = layer, number, tape
         self.play: Callable[..., Any] | None = None
-        self.records: list[_Record] | None = None
+        self.records: list[Record] | None = None
         self._cache_at: int | str = "past_key_values"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -167,7 +133,7 @@ class PlayedLayer:
         given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
         found = [(place, value) for place, value in given if isinstance(value, Cache)]
         if len(found) != 1:
-            raise _Refused("no cache, or two")
+            raise Refused("no cache, or two")
         self._cache_at, recorder = found[0][0], _Recorder()
         part = _RecordedCache(found[0][1].layers[self._number], recorder)
         own_args = tuple(part if isinstance(value, Cache) else value for value in args)
@@ -175,7 +141,7 @@ class PlayedLayer:
         with recorder:
             output = type(self._layer).forward(self._layer, *own_args, **own_kwargs)
         assert self.records is not None
-        self.records.append(_Record(args, kwargs, recorder.steps, output))
+        self.records.append(Record(args, kwargs, recorder.steps, output))
         return output
 
     def __getstate__(self) -> dict[str, Any]:
@@ -230,7 +196,7 @@ class Tape:
     def _record(self) -> None:
         """Watch, write and compare."""
         if not self._layers:
-            raise _Refused("not a model whose layers can be watched")
+            raise Refused("not a model whose layers can be watched")
         recorded, compared = ([_Batch(self._backbone, *shape) for shape in s] for s in (_RECORDED, _COMPARED))
         expected = [batch.step() for batch in compared]
         for layer, player in zip(self._layers, self._players, strict=True):
@@ -238,12 +204,12 @@ class Tape:
         with self.playing():
             for batch in recorded:
                 batch.step()
-            programs = [_program(*player.records or ()) for player in self._players]
-            for player, program in zip(self._players, programs, strict=True):
-                player.play, player.records = program, None
+            programs = [program(*player.records or ()) for player in self._players]
+            for player, play in zip(self._players, programs, strict=True):
+                player.play, player.records = play, None
             played = [batch.step() for batch in compared]
         if not all(torch.equal(a, b) for a, b in zip(sum(expected, []), sum(played, []), strict=True)):
-            raise _Refused("what is played is not what the modules say")
+            raise Refused("what is played is not what the modules say")
 
     def _look(self) -> list[Any]:
         """What may be exchanged in the layers: modules, tensors and their formats, numbers, and functions in the place of others."""
@@ -311,7 +277,7 @@ class _Batch:
     """Rows after all but the last of so many tokens; the first row is padded if there are several.
 
     Raises:
-        _Refused: if the model's cache is of another kind.
+        Refused: if the model's cache is of another kind.
     """
 
     def __init__(self, backbone: Backbone, rows: int, length: int) -> None:
@@ -331,143 +297,6 @@ class _Batch:
         self._cache.layers = list(self._read)
         preallocate(self._cache, self._newest[1].shape[1])
         if not all(type(layer) is PreallocatedLayer for layer in self._cache.layers):
-            raise _Refused("another kind of cache")
+            raise Refused("another kind of cache")
         states = self._forward(*self._newest, self._cache)
         return [states, *(part for layer in self._cache.layers for part in (layer.keys, layer.values))]
-
-
-# -- from two records to a function --------------------------------------------------------------------------------------
-
-
-def _program(first: _Record, second: _Record) -> Callable[..., Any]:
-    """A function ``(args, kwargs, own)`` that does what both records say; ``own`` is the layer's part of the cache."""
-    writer = _Writer(first, second)
-    if len(first.steps) != len(second.steps):
-        raise _Refused("other operations")
-    for one, other in zip(first.steps, second.steps, strict=True):
-        writer.write(one, other)
-    source = writer.source(first.output, second.output)
-    return FunctionType(_compiled(source), {}, "play", tuple(writer.constants))
-
-
-@cache
-def _compiled(source: str) -> CodeType:
-    """The code of a function; layers that differ in their weights only share it."""
-    space: dict[str, Any] = {}
-    exec(source, {}, space)  # noqa: S102 - of names and numbers that `_Writer` made
-    return space["play"].__code__
-
-
-class _Writer:
-    """Writes two records of one layer as one function of straight calls."""
-
-    def __init__(self, first: _Record, second: _Record) -> None:
-        self.constants: list[Any] = []
-        self._names: tuple[dict[int, str], dict[int, str]] = ({}, {})
-        self._constant_names: dict[int, str] = {}
-        self._lines: list[str] = []
-        self._inputs: list[str] = []
-        self._steps = 0
-        self._rows = (0, 0)
-        for place, value in enumerate(first.args):
-            self._take(f"args[{place}]", value, second.args[place])
-        for name, value in first.kwargs.items():
-            self._take(f"kwargs[{name!r}]", value, second.kwargs[name])
-        if not self._rows[0]:
-            raise _Refused("no states")
-
-    def _take(self, path: str, one: Any, other: Any) -> None:
-        """Name a tensor that the layer is given, or a tuple of them."""
-        if isinstance(one, tuple | list):
-            for place, (a, b) in enumerate(zip(one, other, strict=True)):
-                self._take(f"{path}[{place}]", a, b)
-        elif isinstance(one, Tensor) and id(one) not in self._names[0]:
-            name = f"i{len(self._inputs)}"
-            if not self._inputs:
-                self._rows = (one.shape[0], other.shape[0])
-                self._inputs.append("n = i0.shape[0]")
-                self._inputs.insert(0, f"i0 = {path}")
-                name = "i0"
-            else:
-                self._inputs.append(f"{name} = {path}")
-            self._name(one, other, name)
-
-    def _name(self, one: Any, other: Any, name: str) -> None:
-        self._names[0][id(one)], self._names[1][id(other)] = name, name
-
-    def write(self, one: _Step, other: _Step) -> None:
-        """Write one call."""
-        if one.function is not other.function and one.function != other.function:
-            raise _Refused("other operations")
-        tensors = _tensors(one.output)
-        if not tensors:
-            if getattr(one.function, "__name__", "") not in _QUESTIONS:
-                raise _Refused(f"{one.function} reads a tensor")
-            return
-        function = "own.update" if one.function is _update else self._constant(one.function)
-        given = [self._value(a, b) for a, b in zip(one.args, other.args, strict=True)]
-        if one.kwargs.keys() != other.kwargs.keys():
-            raise _Refused("other arguments")
-        given += [f"{name}={self._value(value, other.kwargs[name])}" for name, value in one.kwargs.items()]
-        target = f"v{self._steps}"
-        self._steps += 1
-        self._lines.append(f"{target} = {function}({', '.join(given)})")
-        if isinstance(one.output, Tensor):
-            self._name(one.output, other.output, target)
-        else:
-            for place, (a, b) in enumerate(zip(one.output, other.output, strict=True)):
-                if isinstance(a, Tensor):
-                    self._name(a, b, f"{target}[{place}]")
-
-    def _value(self, one: Any, other: Any) -> str:
-        """How an argument is written."""
-        if isinstance(one, Tensor):
-            name = self._names[0].get(id(one))
-            if name != self._names[1].get(id(other)) or (name is None and one is not other):
-                raise _Refused("a tensor from elsewhere")
-            return name or self._constant(one)
-        if type(one) in (tuple, list, torch.Size) and (_tensors(one) or one != other):
-            parts = [self._value(a, b) for a, b in zip(one, other, strict=True)]
-            return f"[{', '.join(parts)}]" if type(one) is list else f"({', '.join(parts)},)"
-        if type(one) is int and one != other:
-            count, rest = divmod(one, self._rows[0])
-            if rest or count * self._rows[1] != other:
-                raise _Refused("a number that depends on the length")
-            return "n" if count == 1 else f"n * {count}"
-        if type(one) is not type(other) or (one is not other and one != other):
-            raise _Refused("another constant")
-        return repr(one) if one is None or type(one) in (int, bool) else self._constant(one)
-
-    def _constant(self, value: Any) -> str:
-        name = self._constant_names.get(id(value))
-        if name is None:
-            name = self._constant_names[id(value)] = f"k{len(self.constants)}"
-            self.constants.append(value)
-        return name
-
-    def source(self, one: Any, other: Any) -> str:
-        """The whole function, its constants as parameters; variables are used again once nothing reads them."""
-        lines = [*self._lines, f"return {self._value(one, other)}"]
-        last = {name: number for number, line in enumerate(lines) for name in re.findall(r"\bv\d+\b", line)}
-        place: dict[str, str] = {}
-        free: list[str] = []
-        for number, line in enumerate(lines):
-            read = [name for name in dict.fromkeys(re.findall(r"\bv\d+\b", line)) if name in place]
-            new = line.split(" = ")[0] if " = " in line and re.match(r"v\d+ = ", line) else None
-            renamed = {name: place[name] for name in read}
-            free += [place.pop(name) for name in read if last[name] == number]
-            if new is not None:
-                renamed[new] = place[new] = free.pop() if free else f"t{len(place) + len(free)}"
-                if last[new] == number:
-                    free.append(place.pop(new))
-            lines[number] = re.sub(r"\bv\d+\b", lambda found, r=renamed: r[found.group()], line)  # type: ignore[misc]
-        parameters = ", ".join(["args", "kwargs", "own", *(f"k{n}" for n in range(len(self.constants)))])
-        body = "\n    ".join([*self._inputs, *lines])
-        return f"def play({parameters}):\n    {body}\n"
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """The tensors in a value, or in a tuple or list."""
-    if isinstance(value, Tensor):
-        return [value]
-    return [part for part in value if isinstance(part, Tensor)] if isinstance(value, tuple | list) else []

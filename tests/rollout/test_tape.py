@@ -272,7 +272,7 @@ def test_who_breaks_off_while_layers_are_recorded_leaves_them_as_they_were(fresh
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(tape, "_program", stop)
+        patch.setattr(tape, "program", stop)
         with pytest.raises(KeyboardInterrupt):
             write(fresh)
     assert not any("forward" in vars(layer) for layer in fresh.model.model.layers)
