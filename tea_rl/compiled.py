@@ -85,11 +85,18 @@ class CompiledLayers:
         part = LayerCache(own)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            given = [part if value is cache else value for value in args]
-            named = {name: part if value is cache else value for name, value in kwargs.items()}
+            given, named = exchanged(cache, part, args, kwargs)
             return self._run(layer, *given, **named)
 
         return forward
+
+
+def exchanged(
+    old: Any, new: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[list[Any], dict[str, Any]]:
+    """Arguments of a call, with one object in the place of another."""
+    given = [new if value is old else value for value in args]
+    return given, {name: new if value is old else value for name, value in kwargs.items()}
 
 
 def _forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -43,11 +43,11 @@ class PackedGroup:
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
         self._bias = torch.cat(biases) if biases else None
-        self._shared = OneProduct([layer.out_features for layer in layers]) if len(layers) > 1 else None
+        self._shared = OneProduct([layer.out_features for layer in layers])
 
     def outputs(self, x: Tensor, number: int) -> Tensor:
         """What layer ``number`` makes of ``x``."""
-        return self._product(x) if self._shared is None else self._shared.part(x, number, self._product)
+        return self._shared.part(x, number, self._product)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedGroup:
         return self  # never changed, and torch cannot copy it

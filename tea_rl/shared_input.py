@@ -39,6 +39,8 @@ class OneProduct:
         """The outputs of layer ``number`` in ``product(x)``, worked out once while all layers are given the same tensor."""
         if torch.compiler.is_compiling():  # a compiler sees the common part itself
             return product(x).split_with_sizes(self._sizes, -1)[number]
+        if len(self._sizes) == 1:
+            return product(x)
         # Tensors made in inference mode do not tell that they were changed in place; nothing between siblings does that.
         version, known = -1 if x.is_inference() else x._version, self._known
         if known is None or known.x is not x or known.version != version:

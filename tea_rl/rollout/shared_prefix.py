@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
 from tea_rl.attention import NAME, OWNER, UnservedAttention, kernel_is_fast
 from tea_rl.backbone import Backbone
+from tea_rl.rollout.probe_step import ProbeStep
 
 #: Prompts shorter than this, or with fewer rows each, are cheaper to copy (measured, see benchmarks/LOG.md).
 _LONG, _MANY = 48, 3
@@ -234,25 +235,15 @@ def _divides_attention(backbone: Backbone) -> bool:
     config = backbone.model.config.get_text_config()
     if backbone.device.type != "cpu" or backbone.compile or config._attn_implementation != NAME:
         return False
-    plain, _ = _newest_states(backbone, divided=False)
+    plain = ProbeStep(backbone, 2, 5).run(lambda _: None).float()
+    probe = ProbeStep(backbone, 2, 5)
     try:
-        divided, layers = _newest_states(backbone, divided=True)
+        divided = probe.run(lambda cache: share_prefix(cache, probe.mask[:, :-1], room=1)).float()
     except Exception:  # a model that reads or reshapes its keys, or leaves a layer empty, may fail in any way
         return False
     exact = backbone.dtype == torch.float32 and backbone.quantization == "none"
     close = _CLOSE if exact else _CLOSE_IF_ROUNDED
-    asked_once = all(isinstance(layer, SharedPrefixLayer) and layer.asked == 1 for layer in layers)
+    asked_once = all(
+        isinstance(layer, SharedPrefixLayer) and layer.asked == 1 for layer in probe.cache.layers
+    )
     return asked_once and bool((plain - divided).norm() <= close * plain.norm())
-
-
-def _newest_states(backbone: Backbone, divided: bool) -> tuple[Tensor, list[Any]]:
-    """States of the last of five tokens, one prompt padded, and the layers of the cache that the four before it are in."""
-    # Spread over the vocabulary: its first tokens mean nothing in many models, whose states are then all rounding.
-    ids = (1000 + 997 * torch.arange(10).view(2, 5)) % backbone.vocab_size
-    mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    cache = DynamicCache(config=backbone.model.config)
-    backbone.forward(ids[:, :-1], mask[:, :-1], positions[:, :-1], cache)
-    if divided:
-        share_prefix(cache, mask[:, :-1], room=1)
-    return backbone.forward(ids[:, -1:], mask, positions[:, -1:], cache).float(), cache.layers

@@ -26,13 +26,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.overrides import TorchFunctionMode
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 
 from tea_rl.attention import NAME, OWNER, newest_token
 from tea_rl.backbone import Backbone
-from tea_rl.compiled import LayerCache
+from tea_rl.compiled import LayerCache, exchanged
 from tea_rl.head.context import layer_list
 from tea_rl.rollout.cache import PreallocatedLayer, preallocate
+from tea_rl.rollout.probe_step import ProbeStep
 from tea_rl.rollout.shared_prefix import SharedPrefixLayer
 from tea_rl.rollout.tape_program import Record, Refused, Step, program, update_cache
 
@@ -111,8 +112,9 @@ class PlayedLayer:
         records: of the steps while it is watched; None while it is not.
     """
 
-    def __init__(self, layer: nn.Module, number: int, tape: Tape | None) -> None:
-        self._layer, self._number, self._tape = layer, number, tape
+    def __init__(self, layer: nn.Module, number: int, tape: Tape) -> None:
+        self._layer, self._number = layer, number
+        self._tape: Tape | None = tape
         self.play: Callable[..., Any] | None = None
         self.records: list[Record] | None = None
         self._cache_at: int | str = "past_key_values"
@@ -136,8 +138,7 @@ class PlayedLayer:
             raise Refused("no cache, or two")
         self._cache_at, recorder = found[0][0], _Recorder()
         part = _RecordedCache(found[0][1].layers[self._number], recorder)
-        own_args = tuple(part if isinstance(value, Cache) else value for value in args)
-        own_kwargs = {name: part if isinstance(value, Cache) else value for name, value in kwargs.items()}
+        own_args, own_kwargs = exchanged(found[0][1], part, args, kwargs)
         with recorder:
             output = type(self._layer).forward(self._layer, *own_args, **own_kwargs)
         assert self.records is not None
@@ -197,17 +198,19 @@ class Tape:
         """Watch, write and compare."""
         if not self._layers:
             raise Refused("not a model whose layers can be watched")
-        recorded, compared = ([_Batch(self._backbone, *shape) for shape in s] for s in (_RECORDED, _COMPARED))
-        expected = [batch.step() for batch in compared]
+        recorded, compared = (
+            [ProbeStep(self._backbone, *shape) for shape in s] for s in (_RECORDED, _COMPARED)
+        )
+        expected = [_step(probe) for probe in compared]
         for layer, player in zip(self._layers, self._players, strict=True):
             layer.forward, player.records = player, []  # type: ignore[assignment]
         with self.playing():
-            for batch in recorded:
-                batch.step()
+            for probe in recorded:
+                _step(probe)
             programs = [program(*player.records or ()) for player in self._players]
             for player, play in zip(self._players, programs, strict=True):
                 player.play, player.records = play, None
-            played = [batch.step() for batch in compared]
+            played = [_step(probe) for probe in compared]
         if not all(torch.equal(a, b) for a, b in zip(sum(expected, []), sum(played, []), strict=True)):
             raise Refused("what is played is not what the modules say")
 
@@ -273,30 +276,17 @@ def _are_heard(layers: Sequence[nn.Module], recorded: bool) -> bool:
     )
 
 
-class _Batch:
-    """Rows after all but the last of so many tokens; the first row is padded if there are several.
+def _step(probe: ProbeStep) -> list[Tensor]:
+    """States of a step over caches that play, and all keys and values after it.
 
     Raises:
         Refused: if the model's cache is of another kind.
     """
 
-    def __init__(self, backbone: Backbone, rows: int, length: int) -> None:
-        # Spread over the vocabulary: its first tokens mean nothing in many models.
-        ids = (1000 + 997 * torch.arange(rows * length).view(rows, length)) % backbone.vocab_size
-        mask = torch.ones_like(ids)
-        mask[0, 0] = int(rows == 1)
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        self._cache = DynamicCache(config=backbone.model.config)
-        backbone.forward(ids[:, :-1], mask[:, :-1], positions[:, :-1], self._cache)
-        self._read = list(self._cache.layers)
-        self._newest = ids[:, -1:], mask, positions[:, -1:]
-        self._forward = backbone.forward
-
-    def step(self) -> list[Tensor]:
-        """States of the last token, and all keys and values."""
-        self._cache.layers = list(self._read)
-        preallocate(self._cache, self._newest[1].shape[1])
-        if not all(type(layer) is PreallocatedLayer for layer in self._cache.layers):
+    def prepare(cache: Cache) -> None:
+        preallocate(cache, probe.mask.shape[1])
+        if not all(type(layer) is PreallocatedLayer for layer in cache.layers):
             raise Refused("another kind of cache")
-        states = self._forward(*self._newest, self._cache)
-        return [states, *(part for layer in self._cache.layers for part in (layer.keys, layer.values))]
+
+    states = probe.run(prepare)
+    return [states, *(part for layer in probe.cache.layers for part in (layer.keys, layer.values))]

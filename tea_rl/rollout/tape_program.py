@@ -88,15 +88,12 @@ class _Writer:
             for place, (a, b) in enumerate(zip(one, other, strict=True)):
                 self._take(f"{path}[{place}]", a, b)
         elif isinstance(one, Tensor) and id(one) not in self._names[0]:
-            name = f"i{len(self._inputs)}"
-            if not self._inputs:
+            name = f"i{len(self._names[0])}"
+            self._name(one, other, name)
+            self._inputs.append(f"{name} = {path}")
+            if name == "i0":
                 self._rows = (one.shape[0], other.shape[0])
                 self._inputs.append("n = i0.shape[0]")
-                self._inputs.insert(0, f"i0 = {path}")
-                name = "i0"
-            else:
-                self._inputs.append(f"{name} = {path}")
-            self._name(one, other, name)
 
     def _name(self, one: Any, other: Any, name: str) -> None:
         self._names[0][id(one)], self._names[1][id(other)] = name, name
