@@ -181,7 +181,7 @@ class Backbone:
         with torch.inference_mode(), nullcontext() if self._wrapper is None else self._wrapper.paused():
             if context is None:
                 one_token = past_key_values is not None and input_ids.shape[1] == 1
-                run = self._compiled if self.compile and one_token else self.body
+                run = self._compiled if one_token and self._compiles_layers else self.body
                 states = run(**kwargs).last_hidden_state
             else:
                 real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -194,6 +194,11 @@ class Backbone:
     def _reader(self, context: ContextConfig) -> ContextReader:
         return ContextReader(context, self._layers, self.hidden_size)
 
+    @property
+    def _compiles_layers(self) -> bool:
+        """Whether `tea_rl.compiled.CompiledLayers` takes steps by one token; on a CPU `tea_rl.rollout.fusion` does it better."""
+        return self.compile and self.device.type != "cpu"
+
     @cached_property
     def _compiled(self) -> Callable[..., Any]:
         """The transformer with `tea_rl.compiled.CompiledLayers`.
@@ -203,25 +208,19 @@ class Backbone:
         """
         from torch._dynamo.exc import TorchDynamoException  # a second of imports
 
-        from tea_rl.compiled import CompiledLayers
-
-        def failed(error: Exception) -> TeaError:
-            return TeaError(
-                f"model.compile is true, but torch.compile fails on {self.name_or_path} ({one_line(error, 120)}): install a C++ "
-                "compiler if there is none, or set model.compile to false"
-            )
+        from tea_rl.compiled import CompiledLayers, compiler_failed
 
         try:
             layers = CompiledLayers(self.body, self._num_layers)
         except RuntimeError as error:  # a Python or a system that it does not support
-            raise failed(error) from error
+            raise compiler_failed(self.name_or_path, error) from error
 
         def run(past_key_values: Cache, **kwargs: Any) -> Any:
             try:
                 with layers.stepping(past_key_values):
                     return self.body(past_key_values=past_key_values, **kwargs)
             except TorchDynamoException as error:
-                raise failed(error) from error
+                raise compiler_failed(self.name_or_path, error) from error
 
         return run
 
@@ -266,7 +265,8 @@ def load_backbone(
             ``w8a8``, integer products for CPUs (`tea_rl.w8a8`), the output layer's included, which the others leave as it is.
         device: ``auto`` takes CUDA, then MPS, then CPU.
         revision: Hub branch, tag or commit.
-        compile: run the layers through `torch.compile` where they read one token; not where a head reads context features.
+        compile: let the compiler of `torch.compile` write the small operations of steps by one token (`tea_rl.rollout.fusion`; on a GPU
+            whole layers, `tea_rl.compiled`, and not where a head reads context features).
         plain: leave the layers as transformers makes them, for whoever trains or exchanges them; on a CPU they are otherwise
             laid out for inference (`tea_rl.attention`, `tea_rl.packed_linear`).
         notify: told one line before something slow happens; the ``logging`` module when None.
@@ -291,7 +291,7 @@ def load_backbone(
     model.requires_grad_(False).eval()
     if place.type == "cpu" and not plain:
         use_grouped_attention(model)
-        if quantization == "none" and not compile and can_pack(float_type):
+        if quantization == "none" and can_pack(float_type):
             pack_linear_layers(model.base_model, torch.zeros(1, 2, dtype=torch.long))
             pack_output_layer(model)
     if quantization == "w8a8":

@@ -1,4 +1,6 @@
-"""One-token steps of a transformer through `torch.compile`, layer by layer, so that all layers share one compiled code.
+"""One-token steps of a transformer on a GPU through `torch.compile`, layer by layer, so that all layers share one compiled code.
+
+Tested on a CPU, where `tea_rl.rollout.fusion` takes its place; nobody has run it on a GPU yet.
 
 Compiled as a whole, a transformer of 30 layers is 30 times the code: minutes instead of seconds. For one code to fit all of
 them, nothing that a layer is given may name the layer, so each gets its own part of the cache only (`LayerCache`).
@@ -16,6 +18,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from tea_rl.errors import TeaError
 from tea_rl.head.context import layer_list
+from tea_rl.model_source import one_line
 
 #: What `torch.compile` is given; its default generates C++ on a CPU, and Triton on a GPU.
 COMPILE_BACKEND = "inductor"
@@ -89,6 +92,14 @@ class CompiledLayers:
             return self._run(layer, *given, **named)
 
         return forward
+
+
+def compiler_failed(name: str, error: BaseException) -> TeaError:
+    """What to tell whoever asked for ``model.compile`` where it fails; ``name`` of the model."""
+    return TeaError(
+        f"model.compile is true, but torch.compile fails on {name} ({one_line(error, 120)}): install a C++ compiler if there is none, or "
+        "set model.compile to false"
+    )
 
 
 def exchanged(

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 
@@ -37,8 +36,6 @@ class OneProduct:
 
     def part(self, x: Tensor, number: int, product: Callable[[Tensor], Tensor]) -> Tensor:
         """The outputs of layer ``number`` in ``product(x)``, worked out once while all layers are given the same tensor."""
-        if torch.compiler.is_compiling():  # a compiler sees the common part itself
-            return product(x).split_with_sizes(self._sizes, -1)[number]
         if len(self._sizes) == 1:
             return product(x)
         # Tensors made in inference mode do not tell that they were changed in place; nothing between siblings does that.

@@ -80,7 +80,7 @@ class Int8Group(nn.Module):
     def __init__(self, weights: list[Tensor], smoothing: Tensor | None) -> None:
         super().__init__()
         weight = torch.cat(weights).float()
-        if smoothing is None:  # a tensor all the same: compiled code then fits every layer
+        if smoothing is None:  # a tensor all the same: what is compiled then fits every layer
             smoothing = torch.ones(weight.shape[1])
         quantised, steps = quantise_rows(weight * smoothing)
         self.register_buffer("weight", quantised)
@@ -119,10 +119,6 @@ class Int8Group(nn.Module):
 
     def outputs(self, x: Tensor, number: int) -> Tensor:
         """What layer ``number`` makes of ``x``, worked out once for all layers while they are given the same tensor."""
-        if torch.compiler.is_compiling():
-            # A compiler sees the common part itself, and takes what it needs only.
-            start = sum(self.sizes[:number])
-            return self.product(x, start, start + self.sizes[number])
         return self._shared.part(x, number, lambda rows: self.product(rows, 0, len(self.weight)))
 
 

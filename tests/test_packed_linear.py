@@ -178,7 +178,6 @@ def test_what_is_not_packed(capable, monkeypatch, tmp_path):
     folder = str(save_tiny("llama", tmp_path))
     for options in (
         {"dtype": "float32"},
-        {"dtype": "bfloat16", "compile": True},
         {"dtype": "bfloat16", "quantization": "w8a8"},
     ):
         body = load_backbone(folder, device="cpu", **options).body

@@ -185,21 +185,6 @@ def test_rollouts_keep_what_they_sampled(folders):
     assert whole[0, 3:].tolist()[: int(rollout.lengths[0])] == tokens.actions[tokens.rows == 0].tolist()
 
 
-def test_compiled_steps_write_the_same(folders, monkeypatch):
-    import tea_rl.compiled as compiled_module
-
-    monkeypatch.setattr(compiled_module, "COMPILE_BACKEND", "eager")
-    torch._dynamo.reset()
-    rollouts = []
-    for compiled in (False, True):
-        backbone = load_backbone(str(folders["llama"]), "float32", "w8a8", "cpu", compile=compiled)
-        head = TeaHead.for_backbone(backbone)
-        settings = DecodeSettings(num_generations=3, max_new_tokens=8)
-        rollouts.append(generate(backbone, head, [[5, 6, 7], [8, 9]], settings, (1,)))
-    assert torch.equal(rollouts[0].tokens.actions, rollouts[1].tokens.actions)
-    torch.testing.assert_close(rollouts[0].tokens.states, rollouts[1].tokens.states, rtol=1e-4, atol=1e-4)
-
-
 def test_what_does_not_fit_is_one_line(folders):
     with pytest.raises(TeaError, match="w8a8 replaces nn.Linear layers, but GPT2Model has none: use none"):
         load_backbone(str(folders["gpt2"]), "float32", "w8a8", "cpu")

@@ -10,6 +10,10 @@ from transformers.cache_utils import DynamicCache
 
 from tea_rl.backbone import Backbone
 
+#: How far states may be apart if they are worked out in another way, as a share of their size: rounding and no more. Of inputs that
+#: are rounded to 8 bits, the last bit of half precision decides some.
+_EXACT, _HALF, _EIGHT_BITS = 1e-3, 0.05, 0.15
+
 
 class ProbeStep:
     """Prompts of so many tokens of which all but the last have been read; the first of several is padded by one.
@@ -40,3 +44,16 @@ class ProbeStep:
         self.cache.layers = list(self._read)
         prepare(self.cache)
         return self._forward(*self._newest, self.cache)
+
+
+def close_to(backbone: Backbone) -> Callable[[Tensor, Tensor], bool]:
+    """Whether what was worked out in another way is what the modules say, up to rounding."""
+    share = _EXACT if backbone.dtype == torch.float32 else _HALF
+    if backbone.quantization != "none":
+        share = _EIGHT_BITS if backbone.quantization == "w8a8" else _HALF
+
+    def close(found: Tensor, expected: Tensor) -> bool:
+        found, expected = found.float(), expected.float()
+        return bool((found - expected).norm() <= share * expected.norm())
+
+    return close

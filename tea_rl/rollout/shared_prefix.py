@@ -25,12 +25,10 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from tea_rl.attention import NAME, OWNER, UnservedAttention, kernel_is_fast
 from tea_rl.backbone import Backbone
-from tea_rl.rollout.probe_step import ProbeStep
+from tea_rl.rollout.probe_step import ProbeStep, close_to
 
 #: Prompts shorter than this, or with fewer rows each, are cheaper to copy (measured, see benchmarks/LOG.md).
 _LONG, _MANY = 48, 3
-#: How far states may be apart, as a share of their size, if attention is divided: rounding and no more.
-_CLOSE, _CLOSE_IF_ROUNDED = 1e-3, 0.05
 
 
 class Readers:
@@ -233,17 +231,15 @@ def share_prefix(cache: Cache, mask: Tensor, room: int) -> Readers:
 def _divides_attention(backbone: Backbone) -> bool:
     """Whether a token's states are the same if its attention is divided: nothing but `grouped_attention` may touch the keys."""
     config = backbone.model.config.get_text_config()
-    if backbone.device.type != "cpu" or backbone.compile or config._attn_implementation != NAME:
+    if backbone.device.type != "cpu" or config._attn_implementation != NAME:
         return False
-    plain = ProbeStep(backbone, 2, 5).run(lambda _: None).float()
+    plain = ProbeStep(backbone, 2, 5).run(lambda _: None)
     probe = ProbeStep(backbone, 2, 5)
     try:
-        divided = probe.run(lambda cache: share_prefix(cache, probe.mask[:, :-1], room=1)).float()
+        divided = probe.run(lambda cache: share_prefix(cache, probe.mask[:, :-1], room=1))
     except Exception:  # a model that reads or reshapes its keys, or leaves a layer empty, may fail in any way
         return False
-    exact = backbone.dtype == torch.float32 and backbone.quantization == "none"
-    close = _CLOSE if exact else _CLOSE_IF_ROUNDED
     asked_once = all(
         isinstance(layer, SharedPrefixLayer) and layer.asked == 1 for layer in probe.cache.layers
     )
-    return asked_once and bool((plain - divided).norm() <= close * plain.norm())
+    return asked_once and close_to(backbone)(divided, plain)

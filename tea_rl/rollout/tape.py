@@ -30,18 +30,20 @@ from transformers.cache_utils import Cache
 
 from tea_rl.attention import NAME, OWNER, newest_token
 from tea_rl.backbone import Backbone
-from tea_rl.compiled import LayerCache, exchanged
+from tea_rl.compiled import LayerCache, compiler_failed, exchanged
 from tea_rl.head.context import layer_list
 from tea_rl.rollout.cache import PreallocatedLayer, preallocate
-from tea_rl.rollout.probe_step import ProbeStep
+from tea_rl.rollout.fusion import CompilerFailed, fused
+from tea_rl.rollout.probe_step import ProbeStep, close_to
 from tea_rl.rollout.shared_prefix import SharedPrefixLayer
-from tea_rl.rollout.tape_program import Record, Refused, Step, program, update_cache
+from tea_rl.rollout.tape_program import Record, Refused, Step, program, update_cache, write
 
 _log = logging.getLogger(__name__)
 #: Rows and lengths that are recorded: no number is a multiple of both rows, or of both lengths, by accident.
 _RECORDED = ((7, 5), (11, 6))
 #: Rows and lengths that are compared: one row, which has no padding and hence no mask, and more than were recorded.
 _COMPARED = ((1, 4), (24, 17))
+_NOT_COMPILED = ", and model.compile changes nothing"
 #: Layers of a cache that play.
 _PLAYED = (PreallocatedLayer, SharedPrefixLayer)
 
@@ -166,9 +168,17 @@ class Tape:
         self.on_in: int | None = None
         try:
             self._record()
+        except CompilerFailed as error:
+            raise compiler_failed(backbone.name_or_path, error.__cause__ or error) from error
         except Exception as error:  # a model may do anything while it is recorded, and keeps its modules then
             self.refused = f"{type(error).__name__}: {error}"
-            _log.debug("layers of %s are not played: %s", backbone.name_or_path, self.refused)
+            say = _log.warning if backbone.compile else _log.debug
+            say(
+                "layers of %s are not played%s: %s",
+                backbone.name_or_path,
+                _NOT_COMPILED * backbone.compile,
+                self.refused,
+            )
         finally:
             if self.refused is not None or any(player.play is None for player in self._players):
                 self.remove()
@@ -207,11 +217,16 @@ class Tape:
         with self.playing():
             for probe in recorded:
                 _step(probe)
-            programs = [program(*player.records or ()) for player in self._players]
+            written = [write(*player.records or ()) for player in self._players]
+            if self._backbone.compile:
+                written = [fused(layer) for layer in written]
+            programs = [program(layer) for layer in written]
             for player, play in zip(self._players, programs, strict=True):
                 player.play, player.records = play, None
             played = [_step(probe) for probe in compared]
-        if not all(torch.equal(a, b) for a, b in zip(sum(expected, []), sum(played, []), strict=True)):
+        # Pieces round less often than the modules.
+        same = close_to(self._backbone) if self._backbone.compile else torch.equal
+        if not all(same(a, b) for a, b in zip(sum(played, []), sum(expected, []), strict=True)):
             raise Refused("what is played is not what the modules say")
 
     def _look(self) -> list[Any]:
@@ -251,7 +266,6 @@ def _layers(backbone: Backbone) -> list[nn.Module]:
     layers = list(layer_list(backbone.body, config.num_hidden_layers) or ())
     watched = (
         backbone.device.type == "cpu"
-        and not backbone.compile
         and backbone.quantization in ("none", "w8a8")  # others call what torch does not see
         and config._attn_implementation == NAME
         and not any(_is_patched(layer) for layer in layers)

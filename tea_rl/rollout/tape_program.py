@@ -45,23 +45,68 @@ def update_cache(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     raise NotImplementedError
 
 
-def program(first: Record, second: Record) -> Callable[..., Any]:
-    """A function ``(args, kwargs, own)`` that does what both records say; ``own`` is the layer's part of the cache."""
+class Line(NamedTuple):
+    """A call as it is written, ``target = text``, and the steps of both records that it stands for."""
+
+    target: str
+    text: str
+    one: Step
+    other: Step
+
+
+class Written(NamedTuple):
+    """A layer's calls as text; names are ``i0``, ... (given tensors), ``v0``, ... (results), ``k0``, ... (constants), ``n`` (rows).
+
+    Attributes:
+        lines: the calls.
+        inputs: how the given tensors are found in ``args`` and ``kwargs``.
+        output: what is returned.
+        constants: values of the constants.
+        tensors: by name what each tensor was in the two records.
+        rows: of the two records.
+    """
+
+    lines: list[Line]
+    inputs: list[str]
+    output: str
+    constants: list[Any]
+    tensors: dict[str, tuple[Tensor, Tensor]]
+    rows: tuple[int, int]
+
+
+def write(first: Record, second: Record) -> Written:
+    """What both records say.
+
+    Raises:
+        Refused: they do not say the same, or what cannot be written.
+    """
     writer = _Writer(first, second)
     if len(first.steps) != len(second.steps):
         raise Refused("other operations")
     for one, other in zip(first.steps, second.steps, strict=True):
         writer.write(one, other)
-    source = writer.source(first.output, second.output)
-    return FunctionType(_compiled(source), {}, "play", tuple(writer.constants))
+    output = writer.value(first.output, second.output)
+    return Written(writer.lines, writer.inputs, output, writer.constants, writer.tensors, writer.rows)
+
+
+def program(written: Written) -> Callable[..., Any]:
+    """A function ``(args, kwargs, own)`` that does what is written; ``own`` is the layer's part of the cache."""
+    return function("play", ["args", "kwargs", "own"], _body(written), written.constants)
+
+
+def function(name: str, parameters: list[str], body: list[str], constants: list[Any]) -> Callable[..., Any]:
+    """A function of those parameters, and of constants named ``k0``, ``k1``, ..."""
+    named = ", ".join([*parameters, *(f"k{number}" for number in range(len(constants)))])
+    source = f"def {name}({named}):\n    " + "\n    ".join(body) + "\n"
+    return FunctionType(_compiled(source, name), {}, name, tuple(constants))
 
 
 @cache
-def _compiled(source: str) -> CodeType:
+def _compiled(source: str, name: str) -> CodeType:
     """The code of a function; layers that differ in their weights only share it."""
     space: dict[str, Any] = {}
     exec(source, {}, space)  # noqa: S102 - of names and numbers that `_Writer` made
-    return space["play"].__code__
+    return space[name].__code__
 
 
 class _Writer:
@@ -71,15 +116,16 @@ class _Writer:
         self.constants: list[Any] = []
         self._names: tuple[dict[int, str], dict[int, str]] = ({}, {})
         self._constant_names: dict[int, str] = {}
-        self._lines: list[str] = []
-        self._inputs: list[str] = []
+        self.lines: list[Line] = []
+        self.inputs: list[str] = []
+        self.tensors: dict[str, tuple[Tensor, Tensor]] = {}
         self._steps = 0
-        self._rows = (0, 0)
+        self.rows = (0, 0)
         for place, value in enumerate(first.args):
             self._take(f"args[{place}]", value, second.args[place])
         for name, value in first.kwargs.items():
             self._take(f"kwargs[{name!r}]", value, second.kwargs[name])
-        if not self._rows[0]:
+        if not self.rows[0]:
             raise Refused("no states")
 
     def _take(self, path: str, one: Any, other: Any) -> None:
@@ -90,31 +136,32 @@ class _Writer:
         elif isinstance(one, Tensor) and id(one) not in self._names[0]:
             name = f"i{len(self._names[0])}"
             self._name(one, other, name)
-            self._inputs.append(f"{name} = {path}")
+            self.inputs.append(f"{name} = {path}")
             if name == "i0":
-                self._rows = (one.shape[0], other.shape[0])
-                self._inputs.append("n = i0.shape[0]")
+                self.rows = (one.shape[0], other.shape[0])
+                self.inputs.append("n = i0.shape[0]")
 
     def _name(self, one: Any, other: Any, name: str) -> None:
         self._names[0][id(one)], self._names[1][id(other)] = name, name
+        self.tensors[name] = one, other
 
     def write(self, one: Step, other: Step) -> None:
         """Write one call."""
         if one.function is not other.function and one.function != other.function:
             raise Refused("other operations")
-        tensors = _tensors(one.output)
+        tensors = tensors_in(one.output)
         if not tensors:
             if getattr(one.function, "__name__", "") not in _QUESTIONS:
                 raise Refused(f"{one.function} reads a tensor")
             return
-        function = "own.update" if one.function is update_cache else self._constant(one.function)
-        given = [self._value(a, b) for a, b in zip(one.args, other.args, strict=True)]
+        called = "own.update" if one.function is update_cache else self._constant(one.function)
+        given = [self.value(a, b) for a, b in zip(one.args, other.args, strict=True)]
         if one.kwargs.keys() != other.kwargs.keys():
             raise Refused("other arguments")
-        given += [f"{name}={self._value(value, other.kwargs[name])}" for name, value in one.kwargs.items()]
+        given += [f"{name}={self.value(value, other.kwargs[name])}" for name, value in one.kwargs.items()]
         target = f"v{self._steps}"
         self._steps += 1
-        self._lines.append(f"{target} = {function}({', '.join(given)})")
+        self.lines.append(Line(target, f"{called}({', '.join(given)})", one, other))
         if isinstance(one.output, Tensor):
             self._name(one.output, other.output, target)
         else:
@@ -122,19 +169,19 @@ class _Writer:
                 if isinstance(a, Tensor):
                     self._name(a, b, f"{target}[{place}]")
 
-    def _value(self, one: Any, other: Any) -> str:
+    def value(self, one: Any, other: Any) -> str:
         """How an argument is written."""
         if isinstance(one, Tensor):
             name = self._names[0].get(id(one))
             if name != self._names[1].get(id(other)) or (name is None and one is not other):
                 raise Refused("a tensor from elsewhere")
             return name or self._constant(one)
-        if type(one) in (tuple, list, torch.Size) and (_tensors(one) or one != other):
-            parts = [self._value(a, b) for a, b in zip(one, other, strict=True)]
+        if type(one) in (tuple, list, torch.Size) and (tensors_in(one) or one != other):
+            parts = [self.value(a, b) for a, b in zip(one, other, strict=True)]
             return f"[{', '.join(parts)}]" if type(one) is list else f"({', '.join(parts)},)"
         if type(one) is int and one != other:
-            count, rest = divmod(one, self._rows[0])
-            if rest or count * self._rows[1] != other:
+            count, rest = divmod(one, self.rows[0])
+            if rest or count * self.rows[1] != other:
                 raise Refused("a number that depends on the length")
             return "n" if count == 1 else f"n * {count}"
         if type(one) is not type(other) or (one is not other and one != other):
@@ -148,28 +195,26 @@ class _Writer:
             self.constants.append(value)
         return name
 
-    def source(self, one: Any, other: Any) -> str:
-        """The whole function, its constants as parameters; variables are used again once nothing reads them."""
-        lines = [*self._lines, f"return {self._value(one, other)}"]
-        last = {name: number for number, line in enumerate(lines) for name in re.findall(r"\bv\d+\b", line)}
-        place: dict[str, str] = {}
-        free: list[str] = []
-        for number, line in enumerate(lines):
-            read = [name for name in dict.fromkeys(re.findall(r"\bv\d+\b", line)) if name in place]
-            new = line.split(" = ")[0] if " = " in line and re.match(r"v\d+ = ", line) else None
-            renamed = {name: place[name] for name in read}
-            free += [place.pop(name) for name in read if last[name] == number]
-            if new is not None:
-                renamed[new] = place[new] = free.pop() if free else f"t{len(place) + len(free)}"
-                if last[new] == number:
-                    free.append(place.pop(new))
-            lines[number] = re.sub(r"\bv\d+\b", lambda found, r=renamed: r[found.group()], line)  # type: ignore[misc]
-        parameters = ", ".join(["args", "kwargs", "own", *(f"k{n}" for n in range(len(self.constants)))])
-        body = "\n    ".join([*self._inputs, *lines])
-        return f"def play({parameters}):\n    {body}\n"
+
+def _body(written: Written) -> list[str]:
+    """The lines of a function; variables are used again once nothing reads them."""
+    lines = [*(f"{line.target} = {line.text}" for line in written.lines), f"return {written.output}"]
+    last = {name: number for number, line in enumerate(lines) for name in re.findall(r"\bv\d+\b", line)}
+    place: dict[str, str] = {}
+    free: list[str] = []
+    for number, line in enumerate(lines):
+        read = [name for name in dict.fromkeys(re.findall(r"\bv\d+\b", line)) if name in place]
+        made = [] if line.startswith("return ") else re.findall(r"\bv\d+\b", line.split(" = ")[0])
+        renamed = {name: place[name] for name in read}
+        free += [place.pop(name) for name in read if last[name] == number]
+        for new in made:
+            renamed[new] = place[new] = free.pop() if free else f"t{len(place) + len(free)}"
+        free += [place.pop(new) for new in made if last[new] == number]
+        lines[number] = re.sub(r"\bv\d+\b", lambda found, r=renamed: r[found.group()], line)  # type: ignore[misc]
+    return [*written.inputs, *lines]
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors_in(value: Any) -> list[Tensor]:
     """The tensors in a value, or in a tuple or list."""
     if isinstance(value, Tensor):
         return [value]

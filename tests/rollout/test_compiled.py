@@ -1,16 +1,24 @@
-"""``model.compile``: the decode step through torch.compile says what the plain one says, and is traced a few times only."""
+"""``model.compile`` as GPUs have it, layer by layer: says what the plain step says, and is traced a few times only."""
 
 import pytest
 import torch
 from tiny import save_tiny, tiny_config
 
 import tea_rl.compiled as compiled_module
-from tea_rl.backbone import load_backbone
+from tea_rl.backbone import Backbone, load_backbone
 from tea_rl.errors import TeaError
 from tea_rl.head.layer import TeaHead
-from tea_rl.rollout import DecodeSettings, generate
+from tea_rl.rollout import DecodeSettings, generate, sequences
 
 PROMPTS = [[5, 6, 7], [8, 9], [3, 4, 5, 6]]
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(Backbone, "_compiles_layers", property(lambda backbone: backbone.compile))
+    monkeypatch.setattr(sequences, "tape_of", lambda _: None)
+
+
 SETTINGS = DecodeSettings(num_generations=3, max_new_tokens=8, stop=(" ",))
 
 

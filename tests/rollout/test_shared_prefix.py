@@ -8,7 +8,7 @@ from tiny import SUPPORTED, save_tiny
 from tea_rl.attention import UnservedAttention
 from tea_rl.backbone import load_backbone
 from tea_rl.head.config import ContextConfig
-from tea_rl.rollout import DecodeSettings, generate, shared_prefix
+from tea_rl.rollout import DecodeSettings, generate, probe_step, shared_prefix
 from tea_rl.rollout.shared_prefix import Readers, SharedPrefixLayer
 
 LONG = [
@@ -164,7 +164,7 @@ def test_a_model_that_touches_its_keys_is_left_alone(backbones, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(SharedPrefixLayer, "attend", _without_own)
         assert not shared_prefix._divides_attention(backbone)
-    monkeypatch.setattr(shared_prefix, "_CLOSE", 10.0)
+    monkeypatch.setattr(probe_step, "_EXACT", 10.0)
     assert shared_prefix._divides_attention(backbone)
     monkeypatch.setattr(SharedPrefixLayer, "attend", _without_own)
     assert not shared_prefix._divides_attention(backbone)

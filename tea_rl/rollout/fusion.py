@@ -1,0 +1,266 @@
+"""Small operations of a played layer that follow one another, as one function of CPU code that `torch.compile`'s compiler writes.
+
+Between the products of a layer stand norms, rotations, activations and sums: some thirty operations of microseconds each, every one
+of which reads and writes memory. Here each run of them between two products becomes one function (a *piece*). Products, attention and
+the cache stay the calls that they were, and one piece serves all layers that differ in their weights only.
+
+The compiler is called for itself (`torch._inductor`), on what was recorded: `torch.compile` around a piece would check at every call
+what was checked before the first, which takes longer than the piece. Sums are not rounded between the operations of
+a piece, so states differ from the modules' by rounding.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from tea_rl.rollout.tape_program import Line, Written, function, tensors_in
+
+#: Calls that no piece contains: products, and what has a good kernel of its own. So are all that are not torch's own methods.
+_APART = frozenset(
+    {
+        "linear",
+        "matmul",
+        "__matmul__",
+        "__rmatmul__",
+        "mm",
+        "bmm",
+        "mv",
+        "dot",
+        "addmm",
+        "baddbmm",
+        "addbmm",
+        "einsum",
+    }
+    | {"tensordot", "_int_mm", "conv1d", "scaled_dot_product_attention", "embedding", "embedding_bag"}
+)
+#: Fewer operations are not worth the call.
+_FEWEST = 2
+#: Stands for the number of rows while a piece is compiled; the first that is no other size, lest the two be taken for one.
+_ROWS = (61, 67, 71, 73, 79, 83, 89, 97)
+#: What is given was looked at twice when it was recorded, and what comes out is compared with the modules.
+_UNCHECKED = {"size_asserts": False, "alignment_asserts": False, "scalar_asserts": False}
+_VARIABLE = re.compile(r"\bv\d+\b")
+_NAME = re.compile(r"\bv\d+(?:\[\d+\])?|\b[ik]\d+\b")
+
+
+class CompilerFailed(Exception):
+    """The compiler does not work here; the cause says why."""
+
+
+#: Takes a list of tensors, which it empties, and returns what it computed.
+Piece = Callable[[list[Tensor]], Sequence[Tensor]]
+
+
+class _Known(NamedTuple):
+    """A piece, and the constants whose names in its key must not become others'."""
+
+    call: Piece
+    constants: list[Any]
+
+
+#: Pieces by their source, constants and the layout of what they are given; in all backbones.
+_pieces: dict[Any, _Known | None] = {}
+
+
+def fused(written: Written) -> Written:
+    """What is written, with pieces in the place of small operations.
+
+    Raises:
+        CompilerFailed: there is no C++ compiler, or one that does not do.
+    """
+    lines: list[Line] = []
+    constants = list(written.constants)
+    runs = _runs(written.lines)
+    for number, run in enumerate(runs):
+        after = [line.text for later in runs[number + 1 :] for line in later]
+        lines += _fused_run(run, _variables([*after, written.output]), written, constants)
+    return written._replace(lines=lines, constants=constants)
+
+
+def _runs(lines: Sequence[Line]) -> list[list[Line]]:
+    """The lines cut before and after every call that stands apart."""
+    runs: list[list[Line]] = [[]]
+    for line in lines:
+        if _stands_apart(line):
+            runs += [[line], []]
+        else:
+            runs[-1].append(line)
+    return runs
+
+
+def _stands_apart(line: Line) -> bool:
+    called = line.one.function
+    ours = not str(getattr(called, "__module__", None) or "torch").startswith("torch")
+    operator = isinstance(called, torch._ops.OpOverload | torch._ops.OpOverloadPacket)
+    if ours or operator or getattr(called, "__name__", "") in _APART:
+        return True
+    return not isinstance(line.one.output, Tensor) and not _is_view(line)  # several results
+
+
+def _is_view(line: Line) -> bool:
+    """Whether a call computes nothing: what it returned lies in what it was given."""
+    if _is_in_place(line):
+        return False
+    given = {t.untyped_storage().data_ptr() for t in tensors_in([*line.one.args, *line.one.kwargs.values()])}
+    return all(t.untyped_storage().data_ptr() in given for t in tensors_in(line.one.output))
+
+
+def _is_in_place(line: Line) -> bool:
+    name = getattr(line.one.function, "__name__", "")
+    return (name.endswith("_") and not name.endswith("__")) or name in (
+        "__iadd__",
+        "__isub__",
+        "__imul__",
+        "__itruediv__",
+    )
+
+
+def _variables(texts: Sequence[str]) -> set[str]:
+    return {name for text in texts for name in _VARIABLE.findall(text)}
+
+
+def _fused_run(run: list[Line], read_later: set[str], written: Written, constants: list[Any]) -> list[Line]:
+    """The lines that take a run's place; the piece is put at the end of ``constants``."""
+    if len(run) < _FEWEST:
+        return run
+    computes = [line for line in run if not _is_view(line)]
+    if len(computes) < _FEWEST:
+        return run
+    # Views are taken again outside, if anybody wants them there: a piece returns what it computed only.
+    computed = {line.target for line in computes}
+    views, wanted = _needed([line for line in run if line.target not in computed], read_later)
+    outputs = [line.target for line in computes if line.target in wanted]
+    # What is changed in place may be read under an older name.
+    body, _ = _needed(run, {*outputs, *(line.target for line in computes if _is_in_place(line))})
+    piece = _piece(body, outputs, written)
+    if piece is None:
+        return run
+    given, call = piece
+    constants.append(call)
+    text = f"k{len(constants) - 1}([{', '.join(given)}])"
+    return [Line(f"{', '.join(outputs)},", text, *body[-1][2:]), *views]
+
+
+def _needed(lines: list[Line], wanted: set[str]) -> tuple[list[Line], set[str]]:
+    """Those of some lines that are wanted, by one another as well, and all that is wanted then."""
+    kept: list[Line] = []
+    wanted = set(wanted)
+    for line in reversed(lines):
+        if line.target in wanted:
+            kept.insert(0, line)
+            wanted |= _variables([line.text])
+    return kept, wanted
+
+
+def _piece(body: list[Line], outputs: list[str], written: Written) -> tuple[list[str], Piece] | None:
+    """What a piece is given, and the piece; None if it cannot be one."""
+    made = {line.target for line in body}
+    given: dict[str, str] = {}
+    own_constants: dict[str, str] = {}
+    constants: list[Any] = []
+
+    def renamed(found: re.Match[str]) -> str:
+        name = found.group()
+        if name.split("[")[0] in made:
+            return name
+        if name in written.tensors:
+            return given.setdefault(name, f"a{len(given)}")
+        if name not in own_constants:
+            value = written.constants[int(name[1:])]
+            if isinstance(value, Tensor):  # differs from layer to layer
+                return given.setdefault(name, f"a{len(given)}")
+            own_constants[name] = f"k{len(constants)}"
+            constants.append(value)
+        return own_constants[name]
+
+    lines = [f"{line.target} = {_NAME.sub(renamed, line.text)}" for line in body]
+    lines.append(f"return ({', '.join(outputs)},)")
+    pairs = [_recorded(name, written) for name in given]
+    examples = _examples(pairs, written.rows)
+    if examples is None:
+        return None
+    counted = [
+        number for number, (one, _) in enumerate(pairs) if one.dim() and one.shape[0] == written.rows[0]
+    ]
+    if any(re.search(r"\bn\b", line) for line in lines):
+        if not counted:
+            return None
+        lines.insert(0, f"n = a{counted[0]}.shape[0]")
+    layout = tuple((e.shape, e.stride(), e.dtype) for e in examples)
+    key = ("\n".join(lines), tuple(map(repr, constants)), layout, torch.get_num_threads())
+    if key not in _pieces:
+        call = _compile(function("piece", list(given.values()), lines, constants), examples)
+        _pieces[key] = None if call is None else _Known(call, constants)
+    known = _pieces[key]
+    return None if known is None else (list(given), known.call)
+
+
+def _recorded(name: str, written: Written) -> tuple[Tensor, Tensor]:
+    """What a tensor was in both records."""
+    if name in written.tensors:
+        return written.tensors[name]
+    value = written.constants[int(name[1:])]
+    return value, value
+
+
+def _examples(pairs: Sequence[tuple[Tensor, Tensor]], rows: tuple[int, int]) -> list[Tensor] | None:
+    """Tensors laid out as those of two records would be with another number of rows; None if something else differs."""
+    sizes = {size for one, _ in pairs for size in (*one.shape, *one.stride())}
+    count = next(number for number in _ROWS if number not in sizes)
+    examples = []
+    for one, other in pairs:
+        shape = [_scaled(a, b, rows, count) for a, b in zip(one.shape, other.shape, strict=True)]
+        stride = [_scaled(a, b, rows, count) for a, b in zip(one.stride(), other.stride(), strict=True)]
+        if None in shape or None in stride:
+            return None
+        examples.append(torch.empty_strided(shape, stride, dtype=one.dtype))  # type: ignore[arg-type]
+    return examples
+
+
+def _scaled(one: int, other: int, rows: tuple[int, int], count: int) -> int | None:
+    """What is ``one`` with ``rows[0]`` and ``other`` with ``rows[1]`` rows, for ``count`` rows; None if it depends on more."""
+    if one == other:
+        return one
+    times, rest = divmod(one, rows[0])
+    return None if rest or times * rows[1] != other else times * count
+
+
+def _compile(piece: Callable[..., Any], examples: list[Tensor]) -> Piece | None:
+    """The compiled piece, for any number of rows; None if it cannot be one.
+
+    Raises:
+        CompilerFailed: the compiler does not do.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        examples = [torch.empty_strided(e.shape, e.stride(), dtype=e.dtype) for e in examples]
+        try:
+            graph = make_fx(lambda *given: piece(*given), tracing_mode="symbolic")(*examples)
+        except Exception:  # what depends on numbers, not on shapes alone
+            return None
+        try:
+            made = _generated(graph, examples)
+        except Exception as error:
+            raise CompilerFailed from error
+    return None if made.mutated_inputs else made.current_callable
+
+
+def _generated(graph: torch.fx.GraphModule, examples: list[Tensor]) -> Any:
+    """What the compiler makes of a graph, without what `torch.compile` puts around it: twenty calls of Python."""
+    from torch._inductor.compile_fx import compile_fx_inner  # a second or two of imports
+
+    made: list[Any] = []
+
+    def keep(*args: Any, **kwargs: Any) -> Any:
+        made.append(compile_fx_inner(*args, **kwargs))
+        return made[-1]
+
+    options = {"inner_compile": keep, "config_patches": _UNCHECKED}
+    with torch._functorch.config.patch(enable_autograd_cache=False):  # would not ask `keep`
+        torch._inductor.standalone_compile(graph, [*examples], dynamic_shapes="from_graph", options=options)
+    return made[0]

@@ -1,0 +1,185 @@
+"""``model.compile`` on a CPU: small operations of played layers as compiled pieces, which say what the modules say up to rounding."""
+
+import logging
+
+import pytest
+import torch
+from test_tape import LONG, PLAYED, PROMPTS, write
+from tiny import SUPPORTED, save_tiny, tiny_backbone
+
+from tea_rl.backbone import load_backbone
+from tea_rl.errors import TeaError
+from tea_rl.rollout import fusion
+from tea_rl.rollout.tape import tape_of
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Graphs of pieces; the compiler is spared, they run as they are."""
+    graphs = []
+
+    class Made:
+        mutated_inputs = ()
+
+        def __init__(self, graph):
+            self.graph = graph
+
+        def current_callable(self, given):
+            with torch.no_grad():
+                results = self.graph(*given)
+            given.clear()
+            return results
+
+    def generated(graph, examples):
+        graphs.append(graph)
+        return Made(graph)
+
+    monkeypatch.setattr(fusion, "_generated", generated)
+    monkeypatch.setattr(fusion, "_pieces", {})
+    return graphs
+
+
+def compiled(folder, family="llama", dtype="float32", **loading):
+    return load_backbone(str(save_tiny(family, folder)), dtype, device="cpu", compile=True, **loading)
+
+
+def agree(found, expected):
+    assert torch.equal(found.actions, expected.actions)
+    torch.testing.assert_close(found.states, expected.states, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("texts", [PROMPTS, LONG], ids=["short", "long"])
+@pytest.mark.parametrize("family", sorted(SUPPORTED))
+def test_pieces_say_what_the_modules_say(family, texts, tmp_path, made, caplog):
+    expected = write(tiny_backbone(tmp_path / "plain", family), texts)
+    backbone = compiled(tmp_path, family)
+    agree(write(backbone, texts), expected)
+    assert (backbone.tape.refused is None) == (family in PLAYED)
+    if family in PLAYED:
+        assert made
+    else:
+        assert "model.compile changes nothing" in caplog.text
+
+
+def test_layers_share_their_pieces(tmp_path, made):
+    folder = save_tiny("llama", tmp_path, num_hidden_layers=5)
+    for _ in range(2):
+        write(load_backbone(str(folder), "float32", device="cpu", compile=True))
+    # Norm, rotations, norm after attention; gate and up are two products here, with one operation after each.
+    assert len(made) == 3
+
+
+def test_products_are_not_in_pieces(tmp_path, made):
+    write(compiled(tmp_path))
+    targets = {str(node.target) for graph in made for node in graph.graph.nodes if node.op == "call_function"}
+    assert any("rsqrt" in target for target in targets)
+    assert not any(
+        product in target for target in targets for product in ("mm", "matmul", "linear", "attention")
+    )
+
+
+@pytest.mark.parametrize("loading", [{"dtype": "bfloat16"}, {"dtype": "float32", "quantization": "w8a8"}])
+def test_layers_laid_out_for_inference_have_pieces(tmp_path, made, loading):
+    plain = load_backbone(str(save_tiny("llama", tmp_path)), device="cpu", **loading)
+    backbone = compiled(tmp_path, **loading)
+    assert tape_of(backbone) is not None and len(made) >= 4
+    tokens, expected = write(backbone), write(plain)
+    # Rounding moves the choice of a token now and then, and then the text.
+    assert (tokens.states[:3].float() - expected.states[:3].float()).norm() < 0.05 * expected.states[
+        :3
+    ].float().norm()
+
+
+def test_a_piece_that_says_something_else_is_not_played(tmp_path, made, monkeypatch, caplog):
+    plain = write(tiny_backbone(tmp_path / "plain", "llama"))
+    generated = fusion._generated
+
+    def wrong(graph, examples):
+        piece = generated(graph, examples)
+        right, piece.current_callable = (
+            piece.current_callable,
+            lambda given: [1.01 * part for part in right(given)],
+        )
+        return piece
+
+    monkeypatch.setattr(fusion, "_generated", wrong)
+    with caplog.at_level(logging.WARNING):
+        backbone = compiled(tmp_path)
+        assert torch.equal(write(backbone).states, plain.states)
+    assert (
+        "not what the modules say" in backbone.tape.refused and "model.compile changes nothing" in caplog.text
+    )
+
+
+def test_a_failing_compiler_is_one_line(tmp_path, made, monkeypatch):
+    def broken(graph, examples):
+        raise RuntimeError("no compiler\nhere")
+
+    monkeypatch.setattr(fusion, "_generated", broken)
+    backbone = compiled(tmp_path)
+    with pytest.raises(
+        TeaError,
+        match=r"model\.compile is true, but torch\.compile fails .*\(.*no compiler.*set model\.compile",
+    ):
+        write(backbone)
+    assert not any("forward" in vars(layer) for layer in backbone.model.model.layers)
+
+
+def changes_in_place(x):
+    return x.add(1).mul_(2).sub_(x)
+
+
+def changes_what_it_is_given(x):
+    return x.clone().view(-1).add_(1).view(x.shape) + x
+
+
+def changes_behind_a_view(x):
+    whole = x * 2
+    part = whole[..., :5]
+    whole.add_(1)
+    return torch.cat([part, x[..., 5:]], dim=-1)
+
+
+def chooses(x):
+    return (x.abs() + 1)[torch.nonzero(x[:, 0, 0] > -9).squeeze(1)]
+
+
+def splits(x):
+    one, other = (x + 1).chunk(2, dim=-1)
+    return torch.cat([other * 2, one], dim=-1).flip(-1)
+
+
+def several_results(x):
+    return x + 2 * x.exp().max(dim=-1, keepdim=True).values
+
+
+@pytest.mark.parametrize(
+    "does",
+    [
+        changes_in_place,
+        changes_what_it_is_given,
+        changes_behind_a_view,
+        sets_items,
+        chooses,
+        splits,
+        several_results,
+    ],
+)
+def test_what_a_layer_may_do_between_products(tmp_path, made, monkeypatch, does):
+    backbone = compiled(tmp_path)
+    mlp = type(backbone.model.model.layers[0].mlp)
+    forward = mlp.forward
+    monkeypatch.setattr(mlp, "forward", lambda self, x: forward(self, does(x)))
+    expected = write(tiny_backbone(tmp_path / "plain", "llama"))
+    agree(write(backbone), expected)
+    assert tape_of(backbone) is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
+def test_compiled_code_says_what_the_modules_say(family, tmp_path, monkeypatch):
+    monkeypatch.setattr(fusion, "_pieces", {})
+    expected = write(tiny_backbone(tmp_path / "plain", family))
+    backbone = compiled(tmp_path, family)
+    agree(write(backbone), expected)
+    assert tape_of(backbone) is not None and fusion._pieces
