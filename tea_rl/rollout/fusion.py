@@ -3,22 +3,20 @@
 Between the products of a layer stand norms, rotations, activations and sums: some thirty operations of microseconds each, every one
 of which reads and writes memory. Here each run of them between two products becomes one function (a *piece*). Products, attention and
 the cache stay the calls that they were, and one piece serves all layers that differ in their weights only.
-
-The compiler is called for itself (`torch._inductor`), on what was recorded: `torch.compile` around a piece would check at every call
-what was checked before the first, which takes longer than the piece. Sums are not rounded between the operations of
+Sums are not rounded between the operations of
 a piece, so states differ from the modules' by rounding.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
+from tea_rl.generated import Generated, generate
 from tea_rl.rollout.tape_program import Line, Written, function, tensors_in
 
 #: Calls that no piece contains: products, and what has a good kernel of its own. So are all that are not torch's own methods.
@@ -43,24 +41,14 @@ _APART = frozenset(
 _FEWEST = 2
 #: Stands for the number of rows while a piece is compiled; the first that is no other size, lest the two be taken for one.
 _ROWS = (61, 67, 71, 73, 79, 83, 89, 97)
-#: What is given was looked at twice when it was recorded, and what comes out is compared with the modules.
-_UNCHECKED = {"size_asserts": False, "alignment_asserts": False, "scalar_asserts": False}
 _VARIABLE = re.compile(r"\bv\d+\b")
 _NAME = re.compile(r"\bv\d+(?:\[\d+\])?|\b[ik]\d+\b")
-
-
-class CompilerFailed(Exception):
-    """The compiler does not work here; the cause says why."""
-
-
-#: Takes a list of tensors, which it empties, and returns what it computed.
-Piece = Callable[[list[Tensor]], Sequence[Tensor]]
 
 
 class _Known(NamedTuple):
     """A piece, and the constants whose names in its key must not become others'."""
 
-    call: Piece
+    call: Generated
     constants: list[Any]
 
 
@@ -158,7 +146,7 @@ def _needed(lines: list[Line], wanted: set[str]) -> tuple[list[Line], set[str]]:
     return kept, wanted
 
 
-def _piece(body: list[Line], outputs: list[str], written: Written) -> tuple[list[str], Piece] | None:
+def _piece(body: list[Line], outputs: list[str], written: Written) -> tuple[list[str], Generated] | None:
     """What a piece is given, and the piece; None if it cannot be one."""
     made = {line.target for line in body}
     given: dict[str, str] = {}
@@ -195,7 +183,7 @@ def _piece(body: list[Line], outputs: list[str], written: Written) -> tuple[list
     layout = tuple((e.shape, e.stride(), e.dtype) for e in examples)
     key = ("\n".join(lines), tuple(map(repr, constants)), layout, torch.get_num_threads())
     if key not in _pieces:
-        call = _compile(function("piece", list(given.values()), lines, constants), examples)
+        call = generate(function("piece", list(given.values()), lines, constants), examples)
         _pieces[key] = None if call is None else _Known(call, constants)
     known = _pieces[key]
     return None if known is None else (list(given), known.call)
@@ -229,38 +217,3 @@ def _scaled(one: int, other: int, rows: tuple[int, int], count: int) -> int | No
         return one
     times, rest = divmod(one, rows[0])
     return None if rest or times * rows[1] != other else times * count
-
-
-def _compile(piece: Callable[..., Any], examples: list[Tensor]) -> Piece | None:
-    """The compiled piece, for any number of rows; None if it cannot be one.
-
-    Raises:
-        CompilerFailed: the compiler does not do.
-    """
-    with torch.inference_mode(False), torch.no_grad():
-        examples = [torch.empty_strided(e.shape, e.stride(), dtype=e.dtype) for e in examples]
-        try:
-            graph = make_fx(lambda *given: piece(*given), tracing_mode="symbolic")(*examples)
-        except Exception:  # what depends on numbers, not on shapes alone
-            return None
-        try:
-            made = _generated(graph, examples)
-        except Exception as error:
-            raise CompilerFailed from error
-    return None if made.mutated_inputs else made.current_callable
-
-
-def _generated(graph: torch.fx.GraphModule, examples: list[Tensor]) -> Any:
-    """What the compiler makes of a graph, without what `torch.compile` puts around it: twenty calls of Python."""
-    from torch._inductor.compile_fx import compile_fx_inner  # a second or two of imports
-
-    made: list[Any] = []
-
-    def keep(*args: Any, **kwargs: Any) -> Any:
-        made.append(compile_fx_inner(*args, **kwargs))
-        return made[-1]
-
-    options = {"inner_compile": keep, "config_patches": _UNCHECKED}
-    with torch._functorch.config.patch(enable_autograd_cache=False):  # would not ask `keep`
-        torch._inductor.standalone_compile(graph, [*examples], dynamic_shapes="from_graph", options=options)
-    return made[0]

@@ -31,9 +31,10 @@ from transformers.cache_utils import Cache
 from tea_rl.attention import NAME, OWNER, newest_token
 from tea_rl.backbone import Backbone
 from tea_rl.compiled import LayerCache, compiler_failed, exchanged
+from tea_rl.generated import CompilerFailed
 from tea_rl.head.context import layer_list
 from tea_rl.rollout.cache import PreallocatedLayer, preallocate
-from tea_rl.rollout.fusion import CompilerFailed, fused
+from tea_rl.rollout.fusion import fused
 from tea_rl.rollout.probe_step import ProbeStep, close_to
 from tea_rl.rollout.shared_prefix import SharedPrefixLayer
 from tea_rl.rollout.tape_program import Record, Refused, Step, program, update_cache, write

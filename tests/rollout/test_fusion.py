@@ -7,6 +7,7 @@ import torch
 from test_tape import LONG, PLAYED, PROMPTS, write
 from tiny import SUPPORTED, save_tiny, tiny_backbone
 
+from tea_rl import generated as module
 from tea_rl.backbone import load_backbone
 from tea_rl.errors import TeaError
 from tea_rl.rollout import fusion
@@ -34,7 +35,7 @@ def made(monkeypatch):
         graphs.append(graph)
         return Made(graph)
 
-    monkeypatch.setattr(fusion, "_generated", generated)
+    monkeypatch.setattr(module, "_compiled", generated)
     monkeypatch.setattr(fusion, "_pieces", {})
     return graphs
 
@@ -92,7 +93,7 @@ def test_layers_laid_out_for_inference_have_pieces(tmp_path, made, loading):
 
 def test_a_piece_that_says_something_else_is_not_played(tmp_path, made, monkeypatch, caplog):
     plain = write(tiny_backbone(tmp_path / "plain", "llama"))
-    generated = fusion._generated
+    generated = module._compiled
 
     def wrong(graph, examples):
         piece = generated(graph, examples)
@@ -102,7 +103,7 @@ def test_a_piece_that_says_something_else_is_not_played(tmp_path, made, monkeypa
         )
         return piece
 
-    monkeypatch.setattr(fusion, "_generated", wrong)
+    monkeypatch.setattr(module, "_compiled", wrong)
     with caplog.at_level(logging.WARNING):
         backbone = compiled(tmp_path)
         assert torch.equal(write(backbone).states, plain.states)
@@ -115,7 +116,7 @@ def test_a_failing_compiler_is_one_line(tmp_path, made, monkeypatch):
     def broken(graph, examples):
         raise RuntimeError("no compiler\nhere")
 
-    monkeypatch.setattr(fusion, "_generated", broken)
+    monkeypatch.setattr(module, "_compiled", broken)
     backbone = compiled(tmp_path)
     with pytest.raises(
         TeaError,
@@ -159,7 +160,6 @@ def several_results(x):
         changes_in_place,
         changes_what_it_is_given,
         changes_behind_a_view,
-        sets_items,
         chooses,
         splits,
         several_results,

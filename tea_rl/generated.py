@@ -1,0 +1,62 @@
+"""Functions of tensors as CPU code that the compiler of `torch.compile` writes, called without what `torch.compile` puts around it.
+
+`torch.compile` checks at every call whether what it compiled fits, through some twenty calls of Python: longer than a function of a
+few rows takes. Here whoever calls answers for that: tensors of the number formats and layouts of the examples, in any sizes that are
+equal where the examples' are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+#: Takes a list of tensors, which it empties, and returns what it computed.
+Generated = Callable[[list[Tensor]], Sequence[Tensor]]
+_UNCHECKED = {"size_asserts": False, "alignment_asserts": False, "scalar_asserts": False}
+
+
+class CompilerFailed(Exception):
+    """The compiler does not work here; the cause says why."""
+
+
+def generate(function: Callable[..., Sequence[Tensor]], examples: Sequence[Tensor]) -> Generated | None:
+    """The function as compiled code; None if it cannot be: it depends on numbers, or changes what it is given.
+
+    Args:
+        function: of tensors, to new tensors.
+        examples: what is given, in other sizes; sizes that need not be equal later must differ, and none be 0 or 1 unless it always is.
+
+    Raises:
+        CompilerFailed: there is no C++ compiler, or one that does not do.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        own = [torch.empty_strided(e.shape, e.stride(), dtype=e.dtype) for e in examples]
+        try:
+            graph = make_fx(lambda *given: function(*given), tracing_mode="symbolic")(*own)
+        except Exception:  # whatever the function does with tensors that have no numbers
+            return None
+        try:
+            made = _compiled(graph, own)
+        except Exception as error:
+            raise CompilerFailed from error
+    return None if made.mutated_inputs else made.current_callable
+
+
+def _compiled(graph: torch.fx.GraphModule, examples: list[Tensor]) -> Any:
+    """The innermost of what the compiler makes of a graph."""
+    from torch._inductor.compile_fx import compile_fx_inner  # a second or two of imports
+
+    made: list[Any] = []
+
+    def keep(*args: Any, **kwargs: Any) -> Any:
+        made.append(compile_fx_inner(*args, **kwargs))
+        return made[-1]
+
+    options = {"inner_compile": keep, "config_patches": _UNCHECKED}
+    with torch._functorch.config.patch(enable_autograd_cache=False):  # would not ask `keep`
+        torch._inductor.standalone_compile(graph, [*examples], dynamic_shapes="from_graph", options=options)
+    return made[0]
