@@ -8,6 +8,7 @@ take its place.
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tea_rl.devices import cpu_has_tiles
 from tea_rl.errors import TeaError
+from tea_rl.generated import Generated, generate
 
 #: The name under which transformers knows it, made of the one that it stands in for.
 NAME = "tea_rl_sdpa"
@@ -28,6 +30,8 @@ NAME = "tea_rl_sdpa"
 OWNER = "_tea_rl_owner"
 #: Number formats of `kernel_is_fast`. A plain set: compilers look into what is called at every layer.
 _fast_formats: set[torch.dtype] = set()
+#: Tokens up to which `compiled_newest_token` has its own code (measured, see benchmarks/LOG.md).
+_SHORT = 256
 #: Arguments of it that only the original one serves.
 _SPECIAL = ("position_bias", "softcap", "cache")
 
@@ -112,6 +116,46 @@ def newest_token(
     if slow and not kernel_is_fast(query.dtype):
         return newest_attention(query, key, value, mask, scale)
     return _kernel(query, key, value, mask, scale)
+
+
+def compiled_newest_token(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
+) -> Tensor:
+    """`newest_token`, in short rows by code that the compiler wrote: torch's kernel has too little to do there.
+
+    Shape:
+        as in `newest_attention`.
+
+    Raises:
+        CompilerFailed: there is no C++ compiler, or one that does not do.
+    """
+    rows, heads, _, width = query.shape
+    groups, slots = key.shape[1], key.shape[2]
+    # The layout of a pre-allocated cache, of which both are parts.
+    served = getattr(key, OWNER, None) is None and slots <= _SHORT
+    if served and key.shape == value.shape and key.stride() == value.stride():
+        added = query.new_zeros(rows, 1, 1, slots) if mask is None else mask
+        code = _compiled_attention(query.dtype, 1 / math.sqrt(width) if scale is None else scale)
+        if code is not None and added.shape == (rows, 1, 1, slots) and added.dtype == query.dtype:
+            asked = query.reshape(rows, groups, heads // groups, width)
+            return code([asked, key, value, added.contiguous()])[0].view(rows, 1, heads, width)
+    return newest_token(query, key, value, mask, scale)
+
+
+@cache
+def _compiled_attention(dtype: torch.dtype, scale: float) -> Generated | None:
+    def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor]:
+        scores = ((query.float() * scale).unsqueeze(3) * key.float().unsqueeze(2)).sum(-1) + mask.float()
+        weights = scores.softmax(-1).unsqueeze(-1)
+        return ((weights * value.float().unsqueeze(2)).sum(3).to(dtype),)
+
+    rows, groups, heads, slots, room, width = 61, 3, 5, 37, 101, 64
+    cached = torch.empty(rows, groups, room, width, dtype=dtype)[:, :, :slots]
+    query, mask = (
+        torch.empty(rows, groups, heads, width, dtype=dtype),
+        torch.empty(rows, 1, 1, slots, dtype=dtype),
+    )
+    return generate(attention, (query, cached, cached, mask))
 
 
 def _kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:

@@ -208,7 +208,8 @@ class Backbone:
         """
         from torch._dynamo.exc import TorchDynamoException  # a second of imports
 
-        from tea_rl.compiled import CompiledLayers, compiler_failed
+        from tea_rl.compiled import CompiledLayers
+        from tea_rl.generated import compiler_failed
 
         try:
             layers = CompiledLayers(self.body, self._num_layers)

@@ -18,7 +18,6 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from tea_rl.errors import TeaError
 from tea_rl.head.context import layer_list
-from tea_rl.model_source import one_line
 
 #: What `torch.compile` is given; its default generates C++ on a CPU, and Triton on a GPU.
 COMPILE_BACKEND = "inductor"
@@ -92,14 +91,6 @@ class CompiledLayers:
             return self._run(layer, *given, **named)
 
         return forward
-
-
-def compiler_failed(name: str, error: BaseException) -> TeaError:
-    """What to tell whoever asked for ``model.compile`` where it fails; ``name`` of the model."""
-    return TeaError(
-        f"model.compile is true, but torch.compile fails on {name} ({one_line(error, 120)}): install a C++ compiler if there is none, or "
-        "set model.compile to false"
-    )
 
 
 def exchanged(

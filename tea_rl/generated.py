@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
+
+from tea_rl.errors import TeaError
+from tea_rl.model_source import one_line
 
 #: Takes a list of tensors, which it empties, and returns what it computed.
 Generated = Callable[[list[Tensor]], Sequence[Tensor]]
@@ -21,6 +23,16 @@ _UNCHECKED = {"size_asserts": False, "alignment_asserts": False, "scalar_asserts
 
 class CompilerFailed(Exception):
     """The compiler does not work here; the cause says why."""
+
+
+def compiler_failed(name: str, error: BaseException) -> TeaError:
+    """What to tell whoever asked for ``model.compile`` where it fails; ``name`` of the model."""
+    if isinstance(error, CompilerFailed):
+        error = error.__cause__ or error
+    return TeaError(
+        f"model.compile is true, but torch.compile fails on {name} ({one_line(error, 120)}): install a C++ compiler if there is none, or "
+        "set model.compile to false"
+    )
 
 
 def generate(function: Callable[..., Sequence[Tensor]], examples: Sequence[Tensor]) -> Generated | None:
@@ -33,6 +45,8 @@ def generate(function: Callable[..., Sequence[Tensor]], examples: Sequence[Tenso
     Raises:
         CompilerFailed: there is no C++ compiler, or one that does not do.
     """
+    from torch.fx.experimental.proxy_tensor import make_fx  # half a second of imports
+
     with torch.inference_mode(False), torch.no_grad():
         own = [torch.empty_strided(e.shape, e.stride(), dtype=e.dtype) for e in examples]
         try:

@@ -58,6 +58,8 @@ class TeaHead(CorrectedLogits):
         head = cls(backbone.reference, config, logit_scale=backbone.logit_scale, seed=seed)
         head.base_model_name_or_path, head.reference_digest = backbone.name_or_path, backbone.digest
         head.base_settings = backbone.settings
+        if backbone.compile:
+            head.use_compiler()
         return head
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -10,10 +10,11 @@ from torch.nn import functional as F
 
 from tea_rl.devices import product_dtype
 from tea_rl.errors import TeaError
+from tea_rl.generated import CompilerFailed, compiler_failed
 from tea_rl.head.config import HeadConfig
 from tea_rl.head.full_vocabulary import Reads
 from tea_rl.head.members import PackedMembers
-from tea_rl.head.policy import Shortlist, build_shortlist, largest, shortlist_product
+from tea_rl.head.policy import Shortlist, build_shortlist, compiled_product, largest, shortlist_product
 from tea_rl.head.returns import ReturnModulation, as_return, returns_of_positions
 from tea_rl.head.scratch import Scratch
 from tea_rl.packed_linear import PackedOutput
@@ -64,6 +65,7 @@ class CorrectedLogits(nn.Module):
         self.logit_scale = logit_scale
         self.strength = 1.0
         self.asked_return: Tensor | None = None
+        self._uses_compiler = False
         self.base_model_name_or_path: str | None = None
         self.reference_digest: str | None = None
         self.base_settings: dict[str, Any] = {}
@@ -219,9 +221,27 @@ class CorrectedLogits(nn.Module):
             shift ``(N,)``.
         """
         g, shift = self.read_members(hidden_states, returns)
-        products = [shortlist_product(*read, ids) for read in self.reads(hidden_states, g)]
+        products = [self._product(*read, ids) for read in self.reads(hidden_states, g)]
         total = products[0] if len(products) == 1 else products[0] + products[1]
         return (total if self.logit_scale == 1.0 else self.logit_scale * total), shift
+
+    def use_compiler(self) -> None:
+        """Let the compiler of `torch.compile` write the products with shortlists (a CPU's only); they differ by rounding.
+
+        Raises:
+            TeaError: there is no C++ compiler, or one that does not do.
+        """
+        if self.weight.device.type != "cpu":
+            return
+        try:
+            compiled_product(self.weight.dtype)
+        except CompilerFailed as error:
+            raise compiler_failed(self.base_model_name_or_path or "this head", error) from error
+        self._uses_compiler = True
+
+    def _product(self, g: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+        compiled = compiled_product(weight.dtype) if self._uses_compiler and weight.is_contiguous() else None
+        return shortlist_product(g, weight, ids, compiled)
 
     def reads(self, hidden_states: Tensor, g: Tensor) -> list[Reads]:
         """The products whose sum is the correction (before ``logit_scale``), given what the members returned."""
@@ -291,6 +311,6 @@ class CorrectedLogits(nn.Module):
         asked = self._asked(returns, hidden_states.shape[:-1])
         per_member, _ = self.members.corrections_per_member(states, asked)
         readout = self.weight if self.config.readout == "tied" else self.members.vocab_readout
-        deltas = torch.stack([shortlist_product(g, readout, ids) for g in per_member])
+        deltas = torch.stack([self._product(g, readout, ids) for g in per_member])
         variance = deltas.mul_(self.logit_scale).var(dim=0, correction=0).mean(dim=-1)
         return variance.view(hidden_states.shape[:-1])

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tea_rl.generated import Generated, generate
 from tea_rl.head.scratch import Scratch
 
 #: Stands for minus infinity where a later product with a zero probability must stay zero.
@@ -158,13 +159,21 @@ class _ShortlistProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, g: Tensor, weight: Tensor, ids: Tensor) -> Tensor:  # noqa: ANN001
+    def forward(  # noqa: ANN205
+        ctx,  # noqa: ANN001
+        g: Tensor,
+        weight: Tensor,
+        ids: Tensor,
+        compiled: Generated | None,
+    ):
         ctx.save_for_backward(g, weight, ids)
+        if compiled is not None:
+            return compiled([g.contiguous(), weight, ids.contiguous()])[0]
         in_place = _reads_in_place(weight.device.type, weight.dtype)
         return (_product_in_place if in_place else _gathered_product)(g, weight, ids)
 
     @staticmethod
-    def backward(ctx, grad_out: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # noqa: ANN001
+    def backward(ctx, grad_out: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # noqa: ANN001
         g, weight, ids = ctx.saved_tensors
         own = grad_out.to(weight.dtype)
         grad_g = grad_weight = None
@@ -176,7 +185,7 @@ class _ShortlistProduct(torch.autograd.Function):
                 block = slice(start, start + _GATHER_ROWS)
                 outer = own[block].unsqueeze(2) * g[block].to(weight.dtype).unsqueeze(1)
                 grad_weight.index_add_(0, ids[block].flatten(), outer.flatten(0, 1))
-        return grad_g, grad_weight, None
+        return grad_g, grad_weight, None, None
 
 
 def _weighted_rows(amounts: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
@@ -218,10 +227,29 @@ def _gathered_product(g: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
     return out
 
 
-def shortlist_product(g: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+def shortlist_product(g: Tensor, weight: Tensor, ids: Tensor, compiled: Generated | None = None) -> Tensor:
     """Read a correction through chosen rows of a vocabulary projection (the reference head, or a trained one).
+
+    ``compiled`` is `compiled_product` of such weights: twice as fast as torch's kernel for half precision, which reads one number at a
+    time, and sums in float32.
 
     Shape:
         g ``(N, G)``; weight ``(V, G)``; ids ``(N, k)``; returns ``(N, k)`` float32.
     """
-    return _ShortlistProduct.apply(g, weight, ids)
+    return _ShortlistProduct.apply(g, weight, ids, compiled)
+
+
+@cache
+def compiled_product(dtype: torch.dtype) -> Generated | None:
+    """`shortlist_product` without gradients, as compiled code for contiguous weights of a number format on a CPU.
+
+    Raises:
+        CompilerFailed: there is no C++ compiler, or one that does not do.
+    """
+
+    def product(g: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor]:
+        return ((weight[ids] * g.to(weight.dtype).unsqueeze(1)).sum(dim=-1, dtype=torch.float32),)
+
+    weight = torch.empty(89, 73, dtype=dtype)
+    made = generate(product, (torch.empty(61, 73), weight, torch.zeros(61, 67, dtype=torch.long)))
+    return None if made is None else lambda given: made(given)  # a plain function: heads are copied

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tea_rl.attention import compiled_newest_token, newest_token
 from tea_rl.generated import Generated, generate
 from tea_rl.rollout.tape_program import Line, Written, function, tensors_in
 
@@ -63,7 +64,7 @@ def fused(written: Written) -> Written:
         CompilerFailed: there is no C++ compiler, or one that does not do.
     """
     lines: list[Line] = []
-    constants = list(written.constants)
+    constants = [compiled_newest_token if value is newest_token else value for value in written.constants]
     runs = _runs(written.lines)
     for number, run in enumerate(runs):
         after = [line.text for later in runs[number + 1 :] for line in later]

@@ -30,8 +30,8 @@ from transformers.cache_utils import Cache
 
 from tea_rl.attention import NAME, OWNER, newest_token
 from tea_rl.backbone import Backbone
-from tea_rl.compiled import LayerCache, compiler_failed, exchanged
-from tea_rl.generated import CompilerFailed
+from tea_rl.compiled import LayerCache, exchanged
+from tea_rl.generated import CompilerFailed, compiler_failed
 from tea_rl.head.context import layer_list
 from tea_rl.rollout.cache import PreallocatedLayer, preallocate
 from tea_rl.rollout.fusion import fused
@@ -170,7 +170,7 @@ class Tape:
         try:
             self._record()
         except CompilerFailed as error:
-            raise compiler_failed(backbone.name_or_path, error.__cause__ or error) from error
+            raise compiler_failed(backbone.name_or_path, error) from error
         except Exception as error:  # a model may do anything while it is recorded, and keeps its modules then
             self.refused = f"{type(error).__name__}: {error}"
             say = _log.warning if backbone.compile else _log.debug

@@ -208,6 +208,8 @@ class OfflineTrainer(TrainingLoop):
             listener.on_note(self.data.credit.describe())
         self.total_steps = self.data.total_steps
         head = self.store.make_head(recipe.head, seed=train.seed)
+        if recipe.model.compile:
+            head.use_compiler()
         self.data.fit_returns(head)
         learner = OfflineLearner(
             head, recipe.objective, recipe.anchor, train, self.store.temperature, self.total_steps

@@ -223,6 +223,8 @@ def _make_runners(
             head.reference_digest, head.base_settings = first.reference_digest, first.base_settings
         else:
             head = store.make_head(recipe.head, seed=recipe.train.seed)
+        if recipe.model.compile:
+            head.use_compiler()
         data.fit_returns(head)
         learner = OfflineLearner(
             head, recipe.objective, recipe.anchor, recipe.train, store.temperature, data.total_steps
