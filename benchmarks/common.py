@@ -25,9 +25,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 #: Name of our own side in every figure.
 OURS = "tea_rl"
-#: What `load_backbone` is told for the fastest rollouts on a CPU, and what figures with it are called.
-FAST = {"quantization": "w8a8", "compile": True}
-FAST_NAME = "w8a8, compiled"
+#: What `load_backbone` is told for faster rollouts on a CPU, by what figures with it are called.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "compiled": {"compile": True},
+    "w8a8, compiled": {"quantization": "w8a8", "compile": True},
+}
 
 
 def alternate(
@@ -118,9 +120,9 @@ class Figure:
     limit: float | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
-    def fast(self, values: list[float]) -> Figure:
-        """The same of ours with `FAST`, beside the same peers; no limit is known for it."""
-        return Figure(f"{self.name}, {FAST_NAME}", self.unit, {**self.values, OURS: values})
+    def variant(self, name: str, values: list[float]) -> Figure:
+        """The same of ours with one of `VARIANTS`, beside the same peers; no limit is stated for it."""
+        return Figure(f"{self.name}, {name}", self.unit, {**self.values, OURS: values})
 
     @property
     def is_rate(self) -> bool:
@@ -192,16 +194,19 @@ class Setting:
         return load_backbone(self.model, dtype=self.dtype, plain=True)
 
     @cached_property
-    def fast_backbone(self) -> Backbone:
-        """The same as `FAST` loads it."""
+    def variant_backbones(self) -> dict[str, Backbone]:
+        """The same as each of `VARIANTS` loads it."""
         from tea_rl import load_backbone
 
-        return load_backbone(self.model, dtype=self.dtype, **FAST)
+        return {
+            name: load_backbone(self.model, dtype=self.dtype, **options)
+            for name, options in self.variants.items()
+        }
 
     @property
-    def measures_fast(self) -> bool:
-        """Whether stages also measure ours with `FAST`: a full run on a CPU."""
-        return not self.quick and self.backbone.device.type == "cpu"
+    def variants(self) -> dict[str, dict[str, Any]]:
+        """Those of `VARIANTS` that stages also measure: in a full run on a CPU."""
+        return {} if self.quick or self.backbone.device.type != "cpu" else VARIANTS
 
     def short_prompts(self, count: int) -> list[list[int]]:
         """Token ids of prompts of the quickstart, from the first again once they run out."""

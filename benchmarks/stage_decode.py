@@ -3,7 +3,7 @@
 ``generate`` is called as a user would (its default top-k of 50 and all) and, at batch 64 of a full run, with the truncation off
 as well, which is the distribution that we sample. Ours keeps states, shortlists and log-probabilities; ``generate`` keeps
 nothing. Tokens count up to and including the first that ends a completion. At batches 1 and 64 a full run on a CPU also measures
-ours with the backbone in w8a8 and compiled (`common.FAST`), in the same rounds.
+ours with the backbone loaded otherwise (`common.VARIANTS`), in the same rounds.
 
 Limit: every distinct prompt once through the transformer, then weights and cache once a step for the completions that still
 grow, and the head's correction for every token (`limits.ModelWork`, `limits.HeadWork`).
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from common import FAST_NAME, OURS, Figure, Setting, alternate, seconds
+from common import OURS, VARIANTS, Figure, Setting, alternate, seconds
 from limits import HeadWork, ModelWork
 from torch import Tensor
 
@@ -27,8 +27,8 @@ _BATCHES = {1: (1, 1), 8: (1, 8), 64: (8, 8), 256: (32, 8)}
 _LONG = 512
 #: Those that a quick run has time for.
 _QUICK_BATCHES = (1, 64)
-#: Those at which `common.FAST` is measured as well.
-_FAST_BATCHES = (1, 64)
+#: Those at which `common.VARIANTS` are measured as well.
+_VARIED_BATCHES = (1, 64)
 
 
 def run(setting: Setting) -> Iterator[Figure]:
@@ -47,7 +47,7 @@ def run(setting: Setting) -> Iterator[Figure]:
             tokens,
             repeats,
             untruncated=batch == 64 and not setting.quick,
-            with_fast=batch in _FAST_BATCHES,
+            varied=batch in _VARIED_BATCHES,
         )
         yield from _named(found, f"batch {batch}")
     prompts = setting.pick(1, 2)
@@ -116,7 +116,7 @@ def _compare(
     tokens: int,
     repeats: int,
     untruncated: bool = False,
-    with_fast: bool = False,
+    varied: bool = False,
 ) -> Figure:
     backbone, seen = setting.backbone, []
 
@@ -131,12 +131,10 @@ def _compare(
 
     runs: dict[str, Any] = {OURS: ours, "generate": generate}
     warm_ups = {name: lambda call=call: call(prompts[:1], 2) for name, call in runs.items()}
-    if with_fast and setting.measures_fast:
-        fast, fast_head = setting.fast_backbone, correcting_head(setting.fast_backbone)
-        runs[FAST_NAME] = lambda: rollout_speed(fast, fast_head, prompts, generations, tokens)[0]
-        # All lengths are one code, but a step without padding is another.
-        warm_ups["padded"] = lambda: rollout_speed(fast, fast_head, prompts[:2], 2, 4)
-        warm_ups["unpadded"] = lambda: rollout_speed(fast, fast_head, prompts[:1], 1, 4)
+    for name, other in setting.variant_backbones.items() if varied else ():
+        shape = (other, correcting_head(other), prompts, generations)
+        runs[name] = lambda shape=shape: rollout_speed(*shape, tokens)[0]
+        warm_ups[name] = lambda shape=shape: rollout_speed(*shape, 4)
     if untruncated:
         runs["generate_untruncated"] = lambda: generate(top_k=0)
     values = alternate(runs, repeats, warm_ups)
@@ -153,8 +151,9 @@ def _compare(
 
 
 def _named(figure: Figure, name: str) -> Iterator[Figure]:
-    """The figure under its name and, where it was measured, that of `FAST`."""
-    figure.name, fast = name, figure.values.pop(FAST_NAME, None)
+    """The figure under its name, and those of the variants that were measured."""
+    varied = {variant: figure.values.pop(variant) for variant in VARIANTS if variant in figure.values}
+    figure.name = name
     yield figure
-    if fast is not None:
-        yield figure.fast(fast)
+    for variant, values in varied.items():
+        yield figure.variant(variant, values)

@@ -3,7 +3,7 @@
 Both sides get the same prompts, group size, token limit, reward and temperature. Ours runs the recipe quickstart, all its inner
 epochs included; TRL runs its defaults (one pass), without a KL term and without gradient checkpointing. Our steps are run from
 a callback of TRL's trainer, whose clock stands still meanwhile. The first step of each is not counted. A full run on a CPU also
-takes steps of ours with the backbone in w8a8 and compiled.
+takes steps of ours with the backbone loaded otherwise (`common.VARIANTS`).
 
 Limit: prompts and tokens of the rollout (see the decode stage), and `limits.HeadWork.update` times the inner epochs run.
 """
@@ -16,7 +16,7 @@ import time
 from contextlib import ExitStack
 from typing import Any
 
-from common import FAST, OURS, Figure, Setting, median
+from common import OURS, Figure, Setting, median
 from limits import HeadWork, ModelWork
 from lora import lora_config, quiet, settings
 
@@ -43,7 +43,7 @@ def run(setting: Setting) -> list[Figure]:
                 stack.enter_context(RunDirectory.create(setting.folder / f"online-{number}")),
                 options,
             )
-            for number, options in enumerate([{}, FAST][: 1 + setting.measures_fast])
+            for number, options in enumerate([{}, *setting.variants.values()])
         ]
         theirs = grpo_steps(setting, sides, setting.pick(1, 2))
     ours, limit = sides[0], sides[0].limit()
@@ -58,7 +58,11 @@ def run(setting: Setting) -> list[Figure]:
         "inner_epochs": median([row["inner_epochs"] for row in steps]),
     }
     figure = Figure("step", "s", {OURS: total, "trl_grpo_lora": theirs}, limit, facts)
-    return [figure, *(figure.fast([row["seconds"] for row in fast.steps[1:]]) for fast in sides[1:])]
+    varied = zip(setting.variants, sides[1:], strict=True)
+    return [
+        figure,
+        *(figure.variant(name, [row["seconds"] for row in side.steps[1:]]) for name, side in varied),
+    ]
 
 
 class Ours(Listener):

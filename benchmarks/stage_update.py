@@ -3,7 +3,8 @@
 Three learners share the members, the optimizer, the minibatches and the loss (clipped surrogate plus reverse KL): ``tea_rl``;
 ``naive_tied``, whose correction passes through the whole frozen output matrix with explicit softmaxes over the vocabulary; and
 ``naive_readout``, the original form, whose members end in a trained vocabulary projection. ``lora`` is the cheapest step that
-PEFT's LoRA (r = 16, all linear layers) can make of as many tokens: one forward pass, one log-softmax, one backward pass.
+PEFT's LoRA (r = 16, all linear layers) can make of as many tokens: one forward pass, one log-softmax, one backward pass. A full run on
+a CPU also measures ours with the products of shortlists compiled (``model.compile``).
 
 Limit: `limits.HeadWork.update`, for the update alone.
 """
@@ -11,9 +12,10 @@ Limit: `limits.HeadWork.update`, for the update alone.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from common import OURS, Figure, Setting, alternate, seconds
+from common import OURS, VARIANTS, Figure, Setting, alternate, seconds
 from limits import HeadWork
 from lora import lora_model
 from torch.nn import functional as F
@@ -39,14 +41,22 @@ def run(setting: Setting) -> list[Figure]:
     objective = ObjectiveConfig(name="grpo", inner_epochs=1)
     learner = Learner(head, objective, AnchorConfig(), TrainConfig(learning_rate=1e-5), 1.0, 10**6)
     size = objective.minibatch_tokens
+    if setting.variants:
+        head.use_compiler()
+
+    def ours(few: int, compiled: bool = False) -> object:
+        head.uses_compiler = compiled
+        return learner.update(tokens.select(torch.arange(few)), advantage[:few], generator)
+
     steps: dict[str, Callable[[int], object]] = {
-        OURS: lambda few: learner.update(tokens.select(torch.arange(few)), advantage[:few], generator),
+        OURS: ours,
+        **{name: partial(ours, compiled=True) for name in ("compiled",) if name in setting.variants},
         "naive_tied": naive_update(setting.backbone, tokens, advantage, size, own_readout=False),
         "naive_readout": naive_update(setting.backbone, tokens, advantage, size, own_readout=True),
         "lora": lora_step(setting, count),
     }
     # Ours takes a tenth of a second, too short to be measured by itself: an inner epoch seldom comes alone either.
-    passes = {name: _PASSES if name == OURS else 1 for name in steps}
+    passes = {name: _PASSES if name in (OURS, *VARIANTS) else 1 for name in steps}
     runs = {name: lambda name=name: _speed(steps[name], count, passes[name]) for name in steps}
     # A few tokens make every optimizer's state, and choose the products' kernels.
     warm_ups = {name: lambda step=step: step(2 * _ROW_TOKENS) for name, step in steps.items()}
@@ -54,7 +64,9 @@ def run(setting: Setting) -> list[Figure]:
     work = HeadWork(head).update(len(tokens.state_ids.unique()), -(-count // size))
     trainable = sum(parameter.numel() for parameter in head.trainable_parameters())
     limit = count / setting.limits.seconds(work)
-    return [Figure("one pass", "tokens/s", values, limit, {"tokens": count, "trainable": trainable})]
+    varied = {name: values.pop(name) for name in VARIANTS if name in values}
+    figure = Figure("one pass", "tokens/s", values, limit, {"tokens": count, "trainable": trainable})
+    return [figure, *(figure.variant(name, found) for name, found in varied.items())]
 
 
 def _speed(step: Callable[[int], object], count: int, passes: int) -> float:

@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import FAST, alternate, report
+from common import VARIANTS, alternate, report
 from lora import unrelated_english
 from stage_decode import correcting_head, generate_speed, rollout_speed
 
@@ -80,7 +80,7 @@ def main() -> None:
     }
     report("w8a8 distance", {name: round(value, 4) for name, value in distance(*backbones.values()).items()})
     if args.compile:
-        backbones["w8a8 compiled"] = tea_rl.load_backbone(MODEL, **FAST)
+        backbones["w8a8 compiled"] = tea_rl.load_backbone(MODEL, **VARIANTS["w8a8, compiled"])
     heads = {name: correcting_head(backbone) for name, backbone in backbones.items()}
     short = prepare_prompts(load_recipe("quickstart"), backbones["dense"])[0].token_ids
     for batch in args.batches.split(","):

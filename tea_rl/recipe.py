@@ -158,10 +158,6 @@ class Recipe(Group):
                 f"objective.name grpo or rloo and scale_rewards group or none, got {self.objective.name} and "
                 f"{self.objective.scale_rewards}; set them, or dynamic_sampling: 0."
             )
-        if self.model.compile and self.head.context.num_means:
-            raise TeaError(
-                "model.compile does not go with head.context, whose features are read between the layers, got both; set one of them."
-            )
         if self.anchor.dataset is not None and (not self.offline or self.anchor.conservativity == 0):
             lacks = "data.dataset or data.store" if not self.offline else "anchor.conservativity above 0"
             raise TeaError(

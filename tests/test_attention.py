@@ -7,7 +7,7 @@ import torch
 from tiny import save_tiny, tiny_model
 
 import tea_rl.attention as attention
-from tea_rl.attention import NAME, grouped_attention, newest_attention
+from tea_rl.attention import NAME, compiled_newest_token, grouped_attention, newest_attention
 from tea_rl.backbone import load_backbone
 
 IDS = torch.tensor([[0, 0, 5, 6, 7], [8, 9, 10, 11, 12]])
@@ -131,3 +131,47 @@ def test_scores_of_half_precision_are_not_rounded():
     rounded = (exact[0] @ exact[1].transpose(2, 3)).bfloat16().float() / 8
     error = (rounded.softmax(-1) @ exact[2] - wanted).abs().mean()
     assert (found.transpose(1, 2).float() - wanted).abs().mean() < error / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_attention_of_the_newest_token(dtype):
+    """One code for all rows, heads and lengths; keys and values lie in a cache with room."""
+    torch.manual_seed(0)
+    for rows, groups, heads, slots, width in [
+        (1, 1, 1, 1, 8),
+        (1, 3, 9, 30, 64),
+        (5, 2, 2, 17, 20),
+        (3, 1, 4, 256, 16),
+    ]:
+        query = torch.randn(rows, 1, heads, width).to(dtype).transpose(1, 2)
+        key, value = (torch.randn(rows, groups, slots + 9, width).to(dtype)[:, :, :slots] for _ in range(2))
+        hidden = torch.rand(rows, 1, 1, slots) < 0.3
+        hidden[..., -1] = False
+        mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
+        for given in (mask, None):
+            found = compiled_newest_token(query, key, value, given, 0.3)
+            expected = newest_attention(
+                query.float(), key.float(), value.float(), None if given is None else given.float(), 0.3
+            )
+            close = {"rtol": 0.01, "atol": 0.01} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+            assert found.dtype == dtype
+            torch.testing.assert_close(found.float(), expected, **close)
+
+
+@pytest.mark.parametrize("case", ["long", "owned", "other strides", "a mask for every head", "true or false"])
+def test_what_compiled_attention_leaves_to_others(case, monkeypatch):
+    asked, slots = [], 300 if case == "long" else 20
+    monkeypatch.setattr(attention, "newest_token", lambda *given: asked.append(given))
+    monkeypatch.setattr(attention, "_compiled_attention", lambda *_: lambda given: pytest.fail("asked"))
+    query, key, value = torch.randn(2, 4, 1, 8), *torch.randn(2, 2, 2, slots, 8)
+    mask = torch.zeros(2, 1, 1, slots)
+    if case == "owned":
+        setattr(key, attention.OWNER, object())
+    elif case == "other strides":
+        value = value.transpose(0, 1).contiguous().transpose(0, 1)
+    elif case == "a mask for every head":
+        mask = torch.zeros(2, 4, 1, slots)
+    elif case == "true or false":
+        mask = mask.bool()
+    compiled_newest_token(query, key, value, mask, 0.3)
+    assert asked == [(query, key, value, mask, 0.3)]

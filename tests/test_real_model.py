@@ -91,6 +91,27 @@ def test_played_layers_say_what_their_modules_say(backbone, monkeypatch):
     assert torch.equal(played.actions, by_modules.actions) and torch.equal(played.states, by_modules.states)
 
 
+def test_compiled_pieces_say_what_the_modules_say(backbone):
+    dtype = "float32" if backbone.dtype == torch.float32 else "bfloat16"
+    compiled = load_backbone("HuggingFaceTB/SmolLM2-135M-Instruct", dtype, device="cpu", compile=True)
+    settings, rollouts = DecodeSettings(4, 16), []
+    for each in (backbone, compiled):
+        head = TeaHead.for_backbone(each)
+        torch.manual_seed(0)
+        torch.nn.init.normal_(head.members.readout, std=3e-3)
+        rollouts.append(generate(each, head.eval(), encode(each), settings).tokens)
+        assert tape_of(each) is not None
+    plain, fused = rollouts
+    # Later ones are of other texts as soon as rounding has moved a choice.
+    second = [tokens.states[tokens.positions == 1][:4].float() for tokens in rollouts]
+    assert torch.equal(plain.actions[plain.positions == 0], fused.actions[fused.positions == 0])
+    assert (second[0] - second[1]).norm() < (1e-3 if dtype == "float32" else 0.05) * second[0].norm()
+    # What was recorded is what is learnt from.
+    terms = head.terms(fused)
+    tolerance = 1e-4 if dtype == "float32" else 2e-2
+    torch.testing.assert_close(terms.logps, fused.logps, atol=tolerance, rtol=tolerance)
+
+
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_quantised_backbone_generates(quantization):
     backbone = load_backbone("HuggingFaceTB/SmolLM2-135M-Instruct", quantization=quantization)

@@ -44,6 +44,7 @@ class TeaHead(CorrectedLogits):
 
     Attributes:
         strength: inference-time scale ``alpha`` of the correction; 0 is the original model exactly.
+        uses_compiler: whether products with shortlists are compiled code, see `use_compiler`.
         asked_return: the desired return, ``()`` or ``(B,)``, with ``return_conditioning``; see `set_return`.
         base_model_name_or_path, reference_digest, base_settings: the base model it belongs to and how that was loaded
             (None and empty for a bare output layer).

@@ -65,7 +65,7 @@ class CorrectedLogits(nn.Module):
         self.logit_scale = logit_scale
         self.strength = 1.0
         self.asked_return: Tensor | None = None
-        self._uses_compiler = False
+        self.uses_compiler = False
         self.base_model_name_or_path: str | None = None
         self.reference_digest: str | None = None
         self.base_settings: dict[str, Any] = {}
@@ -237,10 +237,10 @@ class CorrectedLogits(nn.Module):
             compiled_product(self.weight.dtype)
         except CompilerFailed as error:
             raise compiler_failed(self.base_model_name_or_path or "this head", error) from error
-        self._uses_compiler = True
+        self.uses_compiler = True
 
     def _product(self, g: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-        compiled = compiled_product(weight.dtype) if self._uses_compiler and weight.is_contiguous() else None
+        compiled = compiled_product(weight.dtype) if self.uses_compiler and weight.is_contiguous() else None
         return shortlist_product(g, weight, ids, compiled)
 
     def reads(self, hidden_states: Tensor, g: Tensor) -> list[Reads]:

@@ -248,7 +248,7 @@ def compiled_product(dtype: torch.dtype) -> Generated | None:
     """
 
     def product(g: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor]:
-        return ((weight[ids] * g.to(weight.dtype).unsqueeze(1)).sum(dim=-1, dtype=torch.float32),)
+        return ((weight[ids].float() * g.unsqueeze(1)).sum(dim=-1),)
 
     weight = torch.empty(89, 73, dtype=dtype)
     made = generate(product, (torch.empty(61, 73), weight, torch.zeros(61, 67, dtype=torch.long)))

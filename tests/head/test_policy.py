@@ -4,7 +4,10 @@ import pytest
 import torch
 from naive_policy import HIDDEN, TOKENS, VOCAB, make_head, naive_terms
 
-from tea_rl.head.policy import build_shortlist, largest, sample_slots, shortlist_product
+from tea_rl.head.policy import build_shortlist, compiled_product, largest, sample_slots, shortlist_product
+
+#: Amounts that rows are weighted by are rounded.
+BFLOAT16 = {"rtol": 0.02, "atol": 0.02}
 
 
 def slots_of(shortlist, tail_probs, actions):
@@ -115,6 +118,22 @@ def test_shortlist_product_gradient(tokens, dtype):
         ours, torch.autograd.grad(naive_out, (g, weight), upstream.to(dtype)), strict=True
     ):
         torch.testing.assert_close(mine, reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_shortlist_product(dtype):
+    """One code for any number of tokens, listed rows and columns; sums and their input are not rounded to half precision."""
+    compiled = compiled_product(dtype)
+    for tokens, listed, width in [(1, 5, 8), (7, 1, 100), (130, 12, 33)]:
+        torch.manual_seed(0)
+        weight, ids = torch.randn(50, width).to(dtype), torch.randint(50, (tokens, listed))
+        g = torch.randn(width, tokens).t().requires_grad_()
+        out = shortlist_product(g, weight, ids, compiled)
+        exact = (g.unsqueeze(1) * weight[ids].float()).sum(-1)
+        torch.testing.assert_close(out, exact, rtol=1e-5, atol=1e-5)
+        upstream = torch.randn_like(out)
+        found, expected = (torch.autograd.grad(o, g, upstream)[0] for o in (out, exact))
+        torch.testing.assert_close(found, expected, **(BFLOAT16 if dtype == torch.bfloat16 else {}))
 
 
 @pytest.mark.parametrize(("vocabulary", "size"), [(2000, 10), (2007, 100), (2015, 1), (300, 200), (16, 15)])

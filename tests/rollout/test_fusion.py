@@ -1,16 +1,21 @@
 """``model.compile`` on a CPU: small operations of played layers as compiled pieces, which say what the modules say up to rounding."""
 
 import logging
+from functools import cache
 
 import pytest
 import torch
 from test_tape import LONG, PLAYED, PROMPTS, write
 from tiny import SUPPORTED, save_tiny, tiny_backbone
 
+from tea_rl import attention
 from tea_rl import generated as module
 from tea_rl.backbone import load_backbone
 from tea_rl.errors import TeaError
-from tea_rl.rollout import fusion
+from tea_rl.head import logits
+from tea_rl.head.config import ContextConfig, HeadConfig
+from tea_rl.head.layer import TeaHead
+from tea_rl.rollout import DecodeSettings, fusion, generate
 from tea_rl.rollout.tape import tape_of
 
 
@@ -37,6 +42,8 @@ def made(monkeypatch):
 
     monkeypatch.setattr(module, "_compiled", generated)
     monkeypatch.setattr(fusion, "_pieces", {})
+    monkeypatch.setattr(attention, "_compiled_attention", cache(attention._compiled_attention.__wrapped__))
+    monkeypatch.setattr(logits, "compiled_product", cache(logits.compiled_product.__wrapped__))
     return graphs
 
 
@@ -66,8 +73,9 @@ def test_layers_share_their_pieces(tmp_path, made):
     folder = save_tiny("llama", tmp_path, num_hidden_layers=5)
     for _ in range(2):
         write(load_backbone(str(folder), "float32", device="cpu", compile=True))
-    # Norm, rotations, norm after attention; gate and up are two products here, with one operation after each.
-    assert len(made) == 3
+    # Norm, rotations, attention, norm after it (gate and up are two products here, with one operation after each); the head's product
+    # with shortlists.
+    assert len(made) == 5
 
 
 def test_products_are_not_in_pieces(tmp_path, made):
@@ -124,6 +132,31 @@ def test_a_failing_compiler_is_one_line(tmp_path, made, monkeypatch):
     ):
         write(backbone)
     assert not any("forward" in vars(layer) for layer in backbone.model.model.layers)
+
+
+def test_a_head_without_a_compiler_is_one_line(tmp_path, made, monkeypatch):
+    def broken(graph, examples):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(module, "_compiled", broken)
+    with pytest.raises(TeaError, match=r"torch\.compile fails on .*llama .*\(.*no compiler"):
+        TeaHead.for_backbone(compiled(tmp_path))
+
+
+def test_context_features_are_read_between_layers_with_pieces(tmp_path, made):
+    plain, backbone = tiny_backbone(tmp_path / "plain", "llama"), compiled(tmp_path)
+    written = []
+    for each in (plain, backbone):
+        config = HeadConfig(
+            hidden_sizes=[8], shortlist_size=16, context=ContextConfig(layers=[1, -1], horizons=["all", 6])
+        )
+        head = TeaHead.for_backbone(each, config)
+        prompts = [each.tokenizer(text).input_ids for text in PROMPTS]
+        written.append(
+            generate(each, head, prompts, DecodeSettings(num_generations=3, max_new_tokens=8)).tokens
+        )
+    agree(*written)
+    assert made and tape_of(backbone) is not None
 
 
 def changes_in_place(x):

@@ -170,8 +170,6 @@ def test_settings_that_make_no_sense_are_refused():
         TeaError, match=r"top_entropy_quantile .* needs data\.prompts or env\.id, got data\.store"
     ):
         parse_recipe(stored)
-    with pytest.raises(TeaError, match=r"model\.compile does not go with head\.context"):
-        parse_recipe({**online, "model": {"compile": True}, "head": {"context": {"layers": [1]}}})
 
 
 def test_a_run_from_before_a_setting_existed_is_resumed(recipe_file, tmp_path):
