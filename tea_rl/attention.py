@@ -41,7 +41,7 @@ class UnservedAttention(TeaError):
 
     def __init__(self, what: str) -> None:
         super().__init__(
-            f"expected attention to all tokens so far, got {what}: this model's prompts cannot be shared; use model.compile, or "
+            f"expected attention to all tokens so far, got {what}: this model's prompts cannot be shared; use "
             "prompts of fewer than 48 tokens, and please report the model"
         )
 
@@ -131,13 +131,14 @@ def compiled_newest_token(
     """
     rows, heads, _, width = query.shape
     groups, slots = key.shape[1], key.shape[2]
-    # The layout of a pre-allocated cache, of which both are parts.
-    served = getattr(key, OWNER, None) is None and slots <= _SHORT
-    if served and key.shape == value.shape and key.stride() == value.stride():
+    # The layout of a pre-allocated cache, of which both are parts, is what the code was written for.
+    room = key.stride(1)
+    laid_out = key.stride() == value.stride() == (groups * room, room, width, 1) and key.shape == value.shape
+    if laid_out and slots <= _SHORT and getattr(key, OWNER, None) is None:
         added = query.new_zeros(rows, 1, 1, slots) if mask is None else mask
         code = _compiled_attention(query.dtype, 1 / math.sqrt(width) if scale is None else scale)
         if code is not None and added.shape == (rows, 1, 1, slots) and added.dtype == query.dtype:
-            asked = query.reshape(rows, groups, heads // groups, width)
+            asked = query.reshape(rows, groups, heads // groups, width).contiguous()
             return code([asked, key, value, added.contiguous()])[0].view(rows, 1, heads, width)
     return newest_token(query, key, value, mask, scale)
 

@@ -1,13 +1,15 @@
 """Functions of tensors as CPU code that the compiler of `torch.compile` writes, called without what `torch.compile` puts around it.
 
 `torch.compile` checks at every call whether what it compiled fits, through some twenty calls of Python: longer than a function of a
-few rows takes. Here whoever calls answers for that: tensors of the number formats and layouts of the examples, in any sizes that are
-equal where the examples' are.
+few rows takes. Here whoever calls answers for that. What is given later must be of the examples' number formats; sizes may be others,
+but equal where the examples' are; and a stride that is a product of an example's sizes must be that product again: where an example is
+contiguous, so is what is given.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from threading import RLock
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ from tea_rl.model_source import one_line
 
 #: Takes a list of tensors, which it empties, and returns what it computed.
 Generated = Callable[[list[Tensor]], Sequence[Tensor]]
+#: The compiler is not made for threads.
+_one_at_a_time = RLock()
 _UNCHECKED = {"size_asserts": False, "alignment_asserts": False, "scalar_asserts": False}
 
 
@@ -46,13 +50,16 @@ def generate(function: Callable[..., Sequence[Tensor]], examples: Sequence[Tenso
         CompilerFailed: there is no C++ compiler, or one that does not do.
     """
     from torch.fx.experimental.proxy_tensor import make_fx  # half a second of imports
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-    with torch.inference_mode(False), torch.no_grad():
+    with _one_at_a_time, torch.inference_mode(False), torch.no_grad():
         own = [torch.empty_strided(e.shape, e.stride(), dtype=e.dtype) for e in examples]
         try:
             graph = make_fx(lambda *given: function(*given), tracing_mode="symbolic")(*own)
         except Exception:  # whatever the function does with tensors that have no numbers
             return None
+        if any(free_unbacked_symbols(node.meta.get("val")) for node in graph.graph.nodes):
+            return None  # numbers decide sizes
         try:
             made = _compiled(graph, own)
         except Exception as error:
@@ -64,6 +71,8 @@ def _compiled(graph: torch.fx.GraphModule, examples: list[Tensor]) -> Any:
     """The innermost of what the compiler makes of a graph."""
     from torch._inductor.compile_fx import compile_fx_inner  # a second or two of imports
 
+    if not hasattr(torch._inductor, "standalone_compile"):
+        raise RuntimeError(f"torch {torch.__version__} is too old for it")
     made: list[Any] = []
 
     def keep(*args: Any, **kwargs: Any) -> Any:

@@ -143,7 +143,8 @@ def test_compiled_attention_of_the_newest_token(dtype):
         (5, 2, 2, 17, 20),
         (3, 1, 4, 256, 16),
     ]:
-        query = torch.randn(rows, 1, heads, width).to(dtype).transpose(1, 2)
+        # Cut from the product of queries, keys and values.
+        query = torch.randn(rows, 1, heads + 3, width).to(dtype).transpose(1, 2)[:, :heads]
         key, value = (torch.randn(rows, groups, slots + 9, width).to(dtype)[:, :, :slots] for _ in range(2))
         hidden = torch.rand(rows, 1, 1, slots) < 0.3
         hidden[..., -1] = False
@@ -158,7 +159,9 @@ def test_compiled_attention_of_the_newest_token(dtype):
             torch.testing.assert_close(found.float(), expected, **close)
 
 
-@pytest.mark.parametrize("case", ["long", "owned", "other strides", "a mask for every head", "true or false"])
+@pytest.mark.parametrize(
+    "case", ["long", "owned", "other strides", "strides unlike", "a mask for every head", "true or false"]
+)
 def test_what_compiled_attention_leaves_to_others(case, monkeypatch):
     asked, slots = [], 300 if case == "long" else 20
     monkeypatch.setattr(attention, "newest_token", lambda *given: asked.append(given))
@@ -168,6 +171,8 @@ def test_what_compiled_attention_leaves_to_others(case, monkeypatch):
     if case == "owned":
         setattr(key, attention.OWNER, object())
     elif case == "other strides":
+        key, value = (part.transpose(1, 2).contiguous().transpose(1, 2) for part in (key, value))
+    elif case == "strides unlike":
         value = value.transpose(0, 1).contiguous().transpose(0, 1)
     elif case == "a mask for every head":
         mask = torch.zeros(2, 4, 1, slots)

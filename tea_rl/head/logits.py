@@ -240,7 +240,8 @@ class CorrectedLogits(nn.Module):
         self.uses_compiler = True
 
     def _product(self, g: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-        compiled = compiled_product(weight.dtype) if self.uses_compiler and weight.is_contiguous() else None
+        serves = self.uses_compiler and weight.is_contiguous() and weight.device.type == "cpu"
+        compiled = compiled_product(weight.dtype) if serves else None
         return shortlist_product(g, weight, ids, compiled)
 
     def reads(self, hidden_states: Tensor, g: Tensor) -> list[Reads]:

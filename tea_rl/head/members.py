@@ -236,11 +236,11 @@ class PackedMembers(PackedFeatures):
         if self.config.aggregation == "sum":
             features = features * num_members
         readout = self.readout.unflatten(1, (num_members, -1)).permute(1, 2, 0)
-        out = features @ readout
+        out = (features @ readout).float()  # less than that under autocast
         shift = out[..., -1] * TAIL_SHIFT_GAIN
         if self.config.readout == "tied":
             return out[..., :-1], shift
-        codes = (features @ self.rank_readout).unsqueeze(2) * VOCAB_READOUT_GAIN
+        codes = (features @ self.rank_readout).float().unsqueeze(2) * VOCAB_READOUT_GAIN
         own = torch.eye(num_members, device=codes.device)[:, None, :, None]
         return (codes * own).flatten(2), shift
 

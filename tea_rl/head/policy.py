@@ -168,7 +168,7 @@ class _ShortlistProduct(torch.autograd.Function):
     ):
         ctx.save_for_backward(g, weight, ids)
         if compiled is not None:
-            return compiled([g.contiguous(), weight, ids.contiguous()])[0]
+            return compiled([g.float().contiguous(), weight, ids.long().contiguous()])[0]
         in_place = _reads_in_place(weight.device.type, weight.dtype)
         return (_product_in_place if in_place else _gathered_product)(g, weight, ids)
 
@@ -241,7 +241,7 @@ def shortlist_product(g: Tensor, weight: Tensor, ids: Tensor, compiled: Generate
 
 @cache
 def compiled_product(dtype: torch.dtype) -> Generated | None:
-    """`shortlist_product` without gradients, as compiled code for contiguous weights of a number format on a CPU.
+    """`shortlist_product` without gradients, as compiled code for a CPU: contiguous float32 ``g``, weights of a number format, int64 ids.
 
     Raises:
         CompilerFailed: there is no C++ compiler, or one that does not do.

@@ -175,7 +175,7 @@ def _piece(body: list[Line], outputs: list[str], written: Written) -> tuple[list
     if examples is None:
         return None
     counted = [
-        number for number, (one, _) in enumerate(pairs) if one.dim() and one.shape[0] == written.rows[0]
+        at for at, (one, other) in enumerate(pairs) if (*one.shape[:1], *other.shape[:1]) == written.rows
     ]
     if any(re.search(r"\bn\b", line) for line in lines):
         if not counted:

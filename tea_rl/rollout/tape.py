@@ -194,7 +194,8 @@ class Tape:
     def is_current(self) -> bool:
         """Whether the layers are still those that were recorded, as far as can be seen without calling them."""
         now = self._look()
-        return len(now) == len(self._parts) and all(a is b for a, b in zip(now, self._parts, strict=True))
+        same = (a is b or (type(a) is tuple and a == b) for a, b in zip(now, self._parts, strict=False))
+        return len(now) == len(self._parts) and all(same)
 
     @contextmanager
     def playing(self) -> Iterator[None]:
@@ -239,11 +240,18 @@ class Tape:
                 parts += [value for value in vars(module).values() if type(value) in (bool, int, float)]
                 parts += [None if module is layer else vars(module).get("forward")]
                 for tensor in (*module._parameters.values(), *module._buffers.values()):
-                    parts += [tensor, None if tensor is None else tensor.dtype]
+                    parts += [
+                        tensor,
+                        *(() if tensor is None else (tensor.dtype, (tensor.shape, _strides(tensor)))),
+                    ]
         return parts
 
     def __reduce__(self) -> Any:
         return type(None), ()  # a copy of the backbone has other layers
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...] | None:
+    return tensor.stride() if tensor.layout == torch.strided else None
 
 
 def tape_of(backbone: Backbone) -> Tape | None:

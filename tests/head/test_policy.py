@@ -4,6 +4,8 @@ import pytest
 import torch
 from naive_policy import HIDDEN, TOKENS, VOCAB, make_head, naive_terms
 
+from tea_rl.head.config import HeadConfig
+from tea_rl.head.layer import TeaHead
 from tea_rl.head.policy import build_shortlist, compiled_product, largest, sample_slots, shortlist_product
 
 #: Amounts that rows are weighted by are rounded.
@@ -134,6 +136,35 @@ def test_compiled_shortlist_product(dtype):
         upstream = torch.randn_like(out)
         found, expected = (torch.autograd.grad(o, g, upstream)[0] for o in (out, exact))
         torch.testing.assert_close(found, expected, **(BFLOAT16 if dtype == torch.bfloat16 else {}))
+
+
+@pytest.mark.parametrize("given", ["half", "double", "columns", "int32", "a part of the ids"])
+def test_what_is_compiled_takes_what_the_kernel_takes(given):
+    torch.manual_seed(0)
+    weight, g, ids = torch.randn(50, 8), torch.randn(6, 8), torch.randint(50, (6, 5))
+    if given in ("half", "double"):
+        g = g.to(torch.bfloat16 if given == "half" else torch.double)
+    g = g.t().contiguous().t() if given == "columns" else g
+    ids = (
+        ids.int()
+        if given == "int32"
+        else torch.randint(50, (6, 9))[:, :5]
+        if given == "a part of the ids"
+        else ids
+    )
+    expected = (g.float().unsqueeze(1) * weight[ids.long()]).sum(-1)
+    torch.testing.assert_close(shortlist_product(g, weight, ids, compiled_product(torch.float32)), expected)
+
+
+def test_a_head_that_is_moved_leaves_its_compiled_product():
+    head = TeaHead(torch.nn.Linear(8, 50, bias=False), HeadConfig(hidden_sizes=[4], shortlist_size=6))
+    head.use_compiler()
+    torch.nn.init.normal_(head.members.readout, std=0.3)
+    states, ids = torch.randn(3, 8), torch.randint(50, (3, 6))
+    plain = head.disagreement(states)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(head.disagreement(states), plain, rtol=0.1, atol=0.1)
+    assert head.to("meta").shortlist_correction(states.to("meta"), ids.to("meta"))[0].device.type == "meta"
 
 
 @pytest.mark.parametrize(("vocabulary", "size"), [(2000, 10), (2007, 100), (2015, 1), (300, 200), (16, 15)])

@@ -113,6 +113,10 @@ def change_weight(layer):
     layer.mlp.down_proj.weight.data.mul_(3)
 
 
+def lay_out_otherwise(layer):
+    layer.input_layernorm.weight.data = torch.randn(32, 2)[:, 0]
+
+
 def put_in_place(layer):
     forward = layer.mlp.forward
     layer.mlp.forward = lambda x: 2 * forward(x)
@@ -123,7 +127,8 @@ def change_number(layer):
 
 
 @pytest.mark.parametrize(
-    "change", [exchange_module, exchange_weight, change_weight, put_in_place, change_number]
+    "change",
+    [exchange_module, exchange_weight, change_weight, lay_out_otherwise, put_in_place, change_number],
 )
 def test_a_changed_layer_is_not_forgotten(fresh, change, monkeypatch):
     first = write(fresh)
