@@ -35,6 +35,10 @@ class GeneratingLoop(TrainingLoop):
     def _load_backbone(self) -> None:
         self.listener.on_note(f"loading {self.recipe.model.name_or_path}")
         self.backbone = load_backbone(**self.recipe.model.model_dump(), notify=self.listener.on_note)
+        if self.recipe.model.compile:
+            self.listener.on_note(
+                "the first rollout waits for the compiler (model.compile): some ten seconds"
+            )
         if self.backbone.device.type in ("cuda", "mps"):  # untested: no such machine has run this yet
             self.clock.wait = getattr(torch, self.backbone.device.type).synchronize
         self.base_samples: list[Sample] = []
