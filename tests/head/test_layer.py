@@ -222,6 +222,7 @@ class BackboneOf:
         )
         self.vocab_size, self.hidden_size = reference.weight.shape
         self.settings = {"dtype": "float32", "quantization": "none", "revision": None}
+        self.compile = False
 
 
 @pytest.mark.parametrize("config", CONFIGS)
