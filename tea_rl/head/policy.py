@@ -14,7 +14,7 @@ All logits here are already divided by the sampling temperature: the policy is d
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -159,13 +159,7 @@ class _ShortlistProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # noqa: ANN205
-        ctx,  # noqa: ANN001
-        g: Tensor,
-        weight: Tensor,
-        ids: Tensor,
-        compiled: Generated | None,
-    ):
+    def forward(ctx: Any, g: Tensor, weight: Tensor, ids: Tensor, compiled: Generated | None) -> Tensor:
         ctx.save_for_backward(g, weight, ids)
         if compiled is not None:
             return compiled([g.float().contiguous(), weight, ids.long().contiguous()])[0]

@@ -2,9 +2,8 @@
 
 Between the products of a layer stand norms, rotations, activations and sums: some thirty operations of microseconds each, every one
 of which reads and writes memory. Here each run of them between two products becomes one function (a *piece*). Products, attention and
-the cache stay the calls that they were, and one piece serves all layers that differ in their weights only.
-Sums are not rounded between the operations of
-a piece, so states differ from the modules' by rounding.
+the cache stay the calls that they were, and one piece serves all layers that differ in their weights only. Numbers are not rounded
+between the operations of a piece, so states differ from the modules' by rounding.
 """
 
 from __future__ import annotations
@@ -18,26 +17,22 @@ from torch import Tensor
 
 from tea_rl.attention import compiled_newest_token, newest_token
 from tea_rl.generated import Generated, generate
-from tea_rl.rollout.tape_program import Line, Written, function, tensors_in
+from tea_rl.rollout.tape_program import Line, Written, function, tensors_in, times_rows
 
 #: Calls that no piece contains: products, and what has a good kernel of its own. So are all that are not torch's own methods.
 _APART = frozenset(
-    {
-        "linear",
-        "matmul",
-        "__matmul__",
-        "__rmatmul__",
-        "mm",
-        "bmm",
-        "mv",
-        "dot",
-        "addmm",
-        "baddbmm",
-        "addbmm",
+    {"linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "dot", "addmm", "baddbmm", "addbmm"}
+    | {
         "einsum",
+        "tensordot",
+        "_int_mm",
+        "conv1d",
+        "scaled_dot_product_attention",
+        "embedding",
+        "embedding_bag",
     }
-    | {"tensordot", "_int_mm", "conv1d", "scaled_dot_product_attention", "embedding", "embedding_bag"}
 )
+_IN_PLACE = frozenset({"__iadd__", "__isub__", "__imul__", "__itruediv__"})
 #: Fewer operations are not worth the call.
 _FEWEST = 2
 #: Stands for the number of rows while a piece is compiled; the first that is no other size, lest the two be taken for one.
@@ -102,12 +97,7 @@ def _is_view(line: Line) -> bool:
 
 def _is_in_place(line: Line) -> bool:
     name = getattr(line.one.function, "__name__", "")
-    return (name.endswith("_") and not name.endswith("__")) or name in (
-        "__iadd__",
-        "__isub__",
-        "__imul__",
-        "__itruediv__",
-    )
+    return (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
 
 
 def _variables(texts: Sequence[str]) -> set[str]:
@@ -216,5 +206,5 @@ def _scaled(one: int, other: int, rows: tuple[int, int], count: int) -> int | No
     """What is ``one`` with ``rows[0]`` and ``other`` with ``rows[1]`` rows, for ``count`` rows; None if it depends on more."""
     if one == other:
         return one
-    times, rest = divmod(one, rows[0])
-    return None if rest or times * rows[1] != other else times * count
+    times = times_rows(one, other, rows)
+    return None if times is None else times * count

@@ -180,8 +180,8 @@ class _Writer:
             parts = [self.value(a, b) for a, b in zip(one, other, strict=True)]
             return f"[{', '.join(parts)}]" if type(one) is list else f"({', '.join(parts)},)"
         if type(one) is int and one != other:
-            count, rest = divmod(one, self.rows[0])
-            if rest or count * self.rows[1] != other:
+            count = times_rows(one, other, self.rows)
+            if count is None:
                 raise Refused("a number that depends on the length")
             return "n" if count == 1 else f"n * {count}"
         if type(one) is not type(other) or (one is not other and one != other):
@@ -212,6 +212,12 @@ def _body(written: Written) -> list[str]:
         free += [place.pop(new) for new in made if last[new] == number]
         lines[number] = re.sub(r"\bv\d+\b", lambda found, r=renamed: r[found.group()], line)  # type: ignore[misc]
     return [*written.inputs, *lines]
+
+
+def times_rows(one: int, other: int, rows: tuple[int, int]) -> int | None:
+    """How many times the rows of both records two numbers are; None if they depend on something else."""
+    times, rest = divmod(one, rows[0])
+    return None if rest or times * rows[1] != other else times
 
 
 def tensors_in(value: Any) -> list[Tensor]:
