@@ -33,7 +33,7 @@ class ModelConfig(Group):
         False,
         description="Compile what stands between the products of a step by one token, its attention and the head's products with "
         "shortlists (torch.compile's compiler; needs a C++ compiler): ten seconds at the start, a few of them the next time; rollouts "
-        "are then 1.1 to 1.3 times as fast, with w8a8 1.3 to 1.4. The same numbers up to rounding. On a GPU, where nobody has run it, "
+        "are then 1.0 to 1.3 times as fast, with w8a8 1.1 to 1.4. The same numbers up to rounding. On a GPU, where nobody has run it, "
         "whole layers, and not with head.context.",
     )
 
