@@ -4,7 +4,7 @@ Three learners share the members, the optimizer, the minibatches and the loss (c
 ``naive_tied``, whose correction passes through the whole frozen output matrix with explicit softmaxes over the vocabulary; and
 ``naive_readout``, the original form, whose members end in a trained vocabulary projection. ``lora`` is the cheapest step that
 PEFT's LoRA (r = 16, all linear layers) can make of as many tokens: one forward pass, one log-softmax, one backward pass. A full run on
-a CPU also measures ours with the products of shortlists compiled (``model.compile``).
+a CPU also measures ours compiled (``train.compile``).
 
 Limit: `limits.HeadWork.update`, for the update alone.
 """
@@ -45,7 +45,7 @@ def run(setting: Setting) -> list[Figure]:
         head.use_compiler()
 
     def ours(few: int, compiled: bool = False) -> object:
-        head.uses_compiler = compiled
+        head.uses_compiler = head.compiles_terms = compiled
         return learner.update(tokens.select(torch.arange(few)), advantage[:few], generator)
 
     steps: dict[str, Callable[[int], object]] = {

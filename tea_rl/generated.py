@@ -21,7 +21,7 @@ from tea_rl.model_source import one_line
 #: Takes a list of tensors, which it empties, and returns what it computed.
 Generated = Callable[[list[Tensor]], Sequence[Tensor]]
 #: The compiler is not made for threads.
-_one_at_a_time = RLock()
+one_at_a_time = RLock()
 _UNCHECKED = {"size_asserts": False, "alignment_asserts": False, "scalar_asserts": False}
 
 
@@ -29,13 +29,13 @@ class CompilerFailed(Exception):
     """The compiler does not work here; the cause says why."""
 
 
-def compiler_failed(name: str, error: BaseException) -> TeaError:
-    """What to tell whoever asked for ``model.compile`` where it fails; ``name`` of the model."""
+def compiler_failed(name: str, error: BaseException, setting: str = "model.compile") -> TeaError:
+    """What to tell whoever asked for the compiler where it fails on what is called ``name``."""
     if isinstance(error, CompilerFailed):
         error = error.__cause__ or error
     return TeaError(
-        f"model.compile is true, but torch.compile fails on {name} ({one_line(error, 120)}): install a C++ compiler if there is none, or "
-        "set model.compile to false"
+        f"{setting} is true, but torch.compile fails on {name} ({one_line(error, 120)}): install a C++ compiler if there is none, or set "
+        f"{setting} to false"
     )
 
 
@@ -49,37 +49,76 @@ def generate(function: Callable[..., Sequence[Tensor]], examples: Sequence[Tenso
     Raises:
         CompilerFailed: there is no C++ compiler, or one that does not do.
     """
-    from torch.fx.experimental.proxy_tensor import make_fx  # half a second of imports
+    with one_at_a_time:
+        graph = traced(function, examples)
+        made = None if graph is None else compiled(graph)
+    return None if made is None or made.mutated_inputs else made.current_callable
+
+
+def traced(
+    function: Callable[..., Sequence[Tensor]],
+    examples: Sequence[Tensor],
+    rows: int | None = None,
+    autograd: bool = False,
+) -> torch.fx.GraphModule | None:
+    """What a function of tensors does, as a graph of torch's basic operations whose sizes are symbols; None if numbers decide it.
+
+    Args:
+        function, examples: as in `generate`.
+        rows: only sizes that are this one are symbols, all others constants; None: all are symbols.
+        autograd: whether the function asks it for gradients.
+    """
+    from torch._inductor.decomposition import select_decomp_table  # a second or two of imports
+    from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-    with _one_at_a_time, torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         own = [torch.empty_strided(e.shape, e.stride(), dtype=e.dtype) for e in examples]
+
+        def with_constants(called: Callable[..., Sequence[Tensor]]) -> Callable[..., Sequence[Tensor]]:
+            def call(*given: Tensor) -> Sequence[Tensor]:
+                for example, part in zip(own, given, strict=True):
+                    for number, size in zip(example.shape, part.shape, strict=True):
+                        if rows is not None and number != rows:
+                            int(size)  # a symbol that is asked for its number becomes that number
+                return called(*given)
+
+            return call
+
         try:
-            graph = make_fx(lambda *given: function(*given), tracing_mode="symbolic")(*own)
+            if autograd:  # cannot be asked from within what comes below
+                function = make_fx(with_constants(function), tracing_mode="symbolic")(*own)
+            # The compiler takes nothing that changes in place.
+            basic = torch.func.functionalize(with_constants(function))
+            graph = make_fx(basic, select_decomp_table(), tracing_mode="symbolic")(*own)
         except Exception:  # whatever the function does with tensors that have no numbers
             return None
-        if any(free_unbacked_symbols(node.meta.get("val")) for node in graph.graph.nodes):
-            return None  # numbers decide sizes
-        try:
-            made = _compiled(graph, own)
-        except Exception as error:
-            raise CompilerFailed from error
-    return None if made.mutated_inputs else made.current_callable
+    unknown = any(free_unbacked_symbols(node.meta.get("val")) for node in graph.graph.nodes)
+    return None if unknown else graph  # numbers would decide sizes
 
 
-def _compiled(graph: torch.fx.GraphModule, examples: list[Tensor]) -> Any:
-    """The innermost of what the compiler makes of a graph."""
-    from torch._inductor.compile_fx import compile_fx_inner  # a second or two of imports
+def compiled(graph: torch.fx.GraphModule, many_calls: bool = False) -> Any:
+    """The innermost of what the compiler makes of a graph.
 
-    if not hasattr(torch._inductor, "standalone_compile"):
-        raise RuntimeError(f"torch {torch.__version__} is too old for it")
-    made: list[Any] = []
+    ``many_calls``: the graph is many loops and products; what calls one after the other is C++ as well then.
 
-    def keep(*args: Any, **kwargs: Any) -> Any:
-        made.append(compile_fx_inner(*args, **kwargs))
-        return made[-1]
+    Raises:
+        CompilerFailed: there is no C++ compiler, or one that does not do.
+    """
+    try:
+        from torch._guards import TracingContext, tracing
+        from torch._inductor import compile_fx, config
+        from torch._inductor.virtualized import V
+        from torch._subclasses.fake_tensor import FakeTensor
 
-    options = {"inner_compile": keep, "config_patches": _UNCHECKED}
-    with torch._functorch.config.patch(enable_autograd_cache=False):  # would not ask `keep`
-        torch._inductor.standalone_compile(graph, [*examples], dynamic_shapes="from_graph", options=options)
-    return made[0]
+        given = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+        mode: Any = next(value for value in given if isinstance(value, FakeTensor)).fake_mode
+        options = config.patch({**_UNCHECKED, "cpp_wrapper": many_calls})
+        place = tracing(TracingContext(mode))
+        with torch.inference_mode(False), torch.no_grad(), options, V.set_fake_mode(mode), place:
+            # A bare module is what the compiler can keep on disk.
+            made: Any = compile_fx.compile_fx_inner(torch.fx.GraphModule(graph, graph.graph), given)
+        made.current_callable  # noqa: B018 -- other versions of torch may return something else
+        return made
+    except Exception as error:
+        raise CompilerFailed from error

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tea_rl.errors import TeaError
+from tea_rl.head.compiled_terms import compiled_terms
 from tea_rl.head.config import HeadConfig
 from tea_rl.head.full_vocabulary import Scales, fused_terms
 from tea_rl.head.logits import CorrectedLogits
@@ -45,6 +46,8 @@ class TeaHead(CorrectedLogits):
     Attributes:
         strength: inference-time scale ``alpha`` of the correction; 0 is the original model exactly.
         uses_compiler: whether products with shortlists are compiled code, see `use_compiler`.
+        compiles_terms: whether `terms` that are differentiated are, gradients and all, where they can be; see `compiled_terms`.
+        writes_products: whether products with shortlists are written in basic operations, while a compiler looks on.
         asked_return: the desired return, ``()`` or ``(B,)``, with ``return_conditioning``; see `set_return`.
         base_model_name_or_path, reference_digest, base_settings: the base model it belongs to and how that was loaded
             (None and empty for a bare output layer).
@@ -59,8 +62,7 @@ class TeaHead(CorrectedLogits):
         head = cls(backbone.reference, config, logit_scale=backbone.logit_scale, seed=seed)
         head.base_model_name_or_path, head.reference_digest = backbone.name_or_path, backbone.digest
         head.base_settings = backbone.settings
-        if backbone.compile:
-            head.use_compiler()
+        head.uses_compiler = backbone.compile
         return head
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -146,6 +148,20 @@ class TeaHead(CorrectedLogits):
                 f"head.shortlist_size is {self.shortlist_size}, but the recorded tokens have {size or 'no shortlist'}; "
                 "use the size they were recorded with"
             )
+        if self.compiles_terms and at is None:
+            found = compiled_terms(
+                self,
+                read,
+                shortlist,
+                batch.slots,
+                batch.within_tail_logps,
+                temperature,
+                anchor,
+                asked,
+                token_values,
+            )
+            if found is not None:
+                return found
         return self.shortlist_terms(
             read,
             shortlist,

@@ -10,11 +10,18 @@ from torch.nn import functional as F
 
 from tea_rl.devices import product_dtype
 from tea_rl.errors import TeaError
-from tea_rl.generated import CompilerFailed, compiler_failed
+from tea_rl.generated import CompilerFailed, Generated, compiler_failed
 from tea_rl.head.config import HeadConfig
 from tea_rl.head.full_vocabulary import Reads
 from tea_rl.head.members import PackedMembers
-from tea_rl.head.policy import Shortlist, build_shortlist, compiled_product, largest, shortlist_product
+from tea_rl.head.policy import (
+    Shortlist,
+    build_shortlist,
+    compiled_product,
+    largest,
+    shortlist_product,
+    written_product,
+)
 from tea_rl.head.returns import ReturnModulation, as_return, returns_of_positions
 from tea_rl.head.scratch import Scratch
 from tea_rl.packed_linear import PackedOutput
@@ -65,7 +72,7 @@ class CorrectedLogits(nn.Module):
         self.logit_scale = logit_scale
         self.strength = 1.0
         self.asked_return: Tensor | None = None
-        self.uses_compiler = False
+        self.uses_compiler = self.compiles_terms = self.writes_products = False
         self.base_model_name_or_path: str | None = None
         self.reference_digest: str | None = None
         self.base_settings: dict[str, Any] = {}
@@ -231,18 +238,21 @@ class CorrectedLogits(nn.Module):
         Raises:
             TeaError: there is no C++ compiler, or one that does not do.
         """
-        if self.weight.device.type != "cpu":
-            return
+        self.uses_compiler = True
+        if self.weight.device.type == "cpu":
+            self._compiled_product(self.weight.dtype)  # whether it can
+
+    def _compiled_product(self, dtype: torch.dtype) -> Generated | None:
         try:
-            compiled_product(self.weight.dtype)
+            return compiled_product(dtype)
         except CompilerFailed as error:
             raise compiler_failed(self.base_model_name_or_path or "this head", error) from error
-        self.uses_compiler = True
 
     def _product(self, g: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+        if self.writes_products:
+            return shortlist_product(g, weight, ids, written_product)
         serves = self.uses_compiler and weight.is_contiguous() and weight.device.type == "cpu"
-        compiled = compiled_product(weight.dtype) if serves else None
-        return shortlist_product(g, weight, ids, compiled)
+        return shortlist_product(g, weight, ids, self._compiled_product(weight.dtype) if serves else None)
 
     def reads(self, hidden_states: Tensor, g: Tensor) -> list[Reads]:
         """The products whose sum is the correction (before ``logit_scale``), given what the members returned."""

@@ -114,7 +114,7 @@ class PackedFeatures(nn.Module):
     def _products(self, states: Tensor) -> AbstractContextManager[object]:
         """Inside, products are of `product_dtype`; parameters and their gradients stay float32."""
         # To round all weights for a few states takes longer than to multiply them as they are.
-        if self.product_dtype == torch.float32 or len(states) < _MANY_STATES:
+        if self.product_dtype == torch.float32 or states.shape[0] < _MANY_STATES:
             return nullcontext()
         return torch.autocast(self.norm_scale.device.type, dtype=self.product_dtype)
 

@@ -13,6 +13,7 @@ All logits here are already divided by the sampling temperature: the policy is d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -233,6 +234,12 @@ def shortlist_product(g: Tensor, weight: Tensor, ids: Tensor, compiled: Generate
     return _ShortlistProduct.apply(g, weight, ids, compiled)
 
 
+def written_product(given: Sequence[Tensor]) -> Sequence[Tensor]:
+    """`shortlist_product` of ``(g, weight, ids)`` in basic operations, for a compiler; run as it is, it holds the rows of all tokens."""
+    g, weight, ids = given
+    return ((weight[ids].float() * g.unsqueeze(1)).sum(dim=-1),)
+
+
 @cache
 def compiled_product(dtype: torch.dtype) -> Generated | None:
     """`shortlist_product` without gradients, as compiled code for a CPU: contiguous float32 ``g``, weights of a number format, int64 ids.
@@ -241,9 +248,9 @@ def compiled_product(dtype: torch.dtype) -> Generated | None:
         CompilerFailed: there is no C++ compiler, or one that does not do.
     """
 
-    def product(g: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor]:
-        return ((weight[ids].float() * g.unsqueeze(1)).sum(dim=-1),)
-
     weight = torch.empty(89, 73, dtype=dtype)
-    made = generate(product, (torch.empty(61, 73), weight, torch.zeros(61, 67, dtype=torch.long)))
+    made = generate(
+        lambda *given: written_product(given),
+        (torch.empty(61, 73), weight, torch.zeros(61, 67, dtype=torch.long)),
+    )
     return None if made is None else lambda given: made(given)  # a plain function: heads are copied

@@ -15,6 +15,7 @@ import torch
 from tea_rl.evaluation.evaluate import Evaluation, Sample
 from tea_rl.evaluation.report import write_report
 from tea_rl.head.checkpoint import WEIGHTS_NAME, load_weights
+from tea_rl.head.compiled_terms import why_not_compiled
 from tea_rl.head.layer import TeaHead
 from tea_rl.recipe import Recipe
 from tea_rl.stage_clock import StageClock
@@ -95,6 +96,13 @@ class TrainingLoop:
 
     def _prepare(self, head: TeaHead, learner: HeadOptimizer, base: BaseModelFacts, data_digest: str) -> None:
         self.head, self.learner, self.base, self.data_digest = head, learner, base, data_digest
+        if self.recipe.train.compile:
+            reason = why_not_compiled(head)
+            self.listener.on_note(
+                "the first update waits for the compiler (train.compile): some ten seconds"
+                if reason is None
+                else f"train.compile changes little: {reason}"
+            )
         resume_step = self.checkpoint[1] if self.checkpoint else None
         self.tracker = make_tracker(
             self.recipe.train.report_to, self.run.path, self.recipe.model_dump(), resume_step

@@ -45,7 +45,7 @@ _SHARED = {
 _WITHOUT_EFFECT = {
     "objective.target_kl", "objective.inner_epochs", "train.save_steps", "train.save_total_limit", "train.eval_steps",
     "train.eval_generations", "train.sample_prompts", "train.report_to", "train.num_threads", "train.metric_for_best_model",
-    "train.early_stopping_patience",
+    "train.early_stopping_patience", "train.compile",
 }  # fmt: skip
 _GROUPS = ("head", "objective", "anchor", "train")
 #: What heads are ranked by where the recipe names no metric: the first of these that was measured.

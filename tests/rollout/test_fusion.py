@@ -6,6 +6,7 @@ from threading import Thread
 
 import pytest
 import torch
+from spared_compiler import spare_compiler
 from test_tape import LONG, PLAYED, PROMPTS, write
 from tiny import SUPPORTED, save_tiny, tiny_backbone
 
@@ -23,25 +24,7 @@ from tea_rl.rollout.tape import tape_of
 @pytest.fixture
 def made(monkeypatch):
     """Graphs of pieces; the compiler is spared, they run as they are."""
-    graphs = []
-
-    class Made:
-        mutated_inputs = ()
-
-        def __init__(self, graph):
-            self.graph = graph
-
-        def current_callable(self, given):
-            with torch.no_grad():
-                results = self.graph(*given)
-            given.clear()
-            return results
-
-    def generated(graph, examples):
-        graphs.append(graph)
-        return Made(graph)
-
-    monkeypatch.setattr(module, "_compiled", generated)
+    graphs = spare_compiler(monkeypatch)
     monkeypatch.setattr(fusion, "_pieces", {})
     monkeypatch.setattr(attention, "_compiled_attention", cache(attention._compiled_attention.__wrapped__))
     monkeypatch.setattr(logits, "compiled_product", cache(logits.compiled_product.__wrapped__))
@@ -102,17 +85,17 @@ def test_layers_laid_out_for_inference_have_pieces(tmp_path, made, loading):
 
 def test_a_piece_that_says_something_else_is_not_played(tmp_path, made, monkeypatch, caplog):
     plain = write(tiny_backbone(tmp_path / "plain", "llama"))
-    generated = module._compiled
+    generated = module.compiled
 
-    def wrong(graph, examples):
-        piece = generated(graph, examples)
+    def wrong(graph):
+        piece = generated(graph)
         right, piece.current_callable = (
             piece.current_callable,
             lambda given: [1.01 * part for part in right(given)],
         )
         return piece
 
-    monkeypatch.setattr(module, "_compiled", wrong)
+    monkeypatch.setattr(module, "compiled", wrong)
     with caplog.at_level(logging.WARNING):
         backbone = compiled(tmp_path)
         assert torch.equal(write(backbone).states, plain.states)
@@ -121,11 +104,19 @@ def test_a_piece_that_says_something_else_is_not_played(tmp_path, made, monkeypa
     )
 
 
-def test_a_failing_compiler_is_one_line(tmp_path, made, monkeypatch):
-    def broken(graph, examples):
+@pytest.fixture
+def broken(monkeypatch):
+    """A compiler that fails."""
+
+    def fail(*given, **options):
         raise RuntimeError("no compiler\nhere")
 
-    monkeypatch.setattr(module, "_compiled", broken)
+    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx_inner", fail)
+    monkeypatch.setattr(fusion, "_pieces", {})
+    monkeypatch.setattr(logits, "compiled_product", logits.compiled_product.__wrapped__)
+
+
+def test_a_failing_compiler_is_one_line(tmp_path, broken):
     backbone = compiled(tmp_path)
     with pytest.raises(
         TeaError,
@@ -135,13 +126,13 @@ def test_a_failing_compiler_is_one_line(tmp_path, made, monkeypatch):
     assert not any("forward" in vars(layer) for layer in backbone.model.model.layers)
 
 
-def test_a_head_without_a_compiler_is_one_line(tmp_path, made, monkeypatch):
-    def broken(graph, examples):
-        raise RuntimeError("no compiler")
-
-    monkeypatch.setattr(module, "_compiled", broken)
+def test_a_head_without_a_compiler_is_one_line(tmp_path, broken):
+    head = TeaHead.for_backbone(compiled(tmp_path))
     with pytest.raises(TeaError, match=r"torch\.compile fails on .*llama .*\(.*no compiler"):
-        TeaHead.for_backbone(compiled(tmp_path))
+        head.use_compiler()
+    states, ids = torch.randn(3, head.hidden_size), torch.zeros(3, 5, dtype=torch.long)
+    with pytest.raises(TeaError, match=r"torch\.compile fails on .*llama .*\(.*no compiler"):
+        head.shortlist_correction(states, ids)
 
 
 def test_context_features_are_read_between_layers_with_pieces(tmp_path, made):
@@ -274,7 +265,10 @@ def test_threads_generate_one_after_the_other():
 
 
 def test_an_old_torch_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.delattr(torch._inductor, "standalone_compile")
+    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx_inner", lambda graph, given: object())
     monkeypatch.setattr(logits, "compiled_product", logits.compiled_product.__wrapped__)
-    with pytest.raises(TeaError, match=r"torch\.compile fails on .*\(.*torch .* is too old"):
-        TeaHead.for_backbone(compiled(tmp_path))
+    head = TeaHead.for_backbone(compiled(tmp_path))
+    with pytest.raises(
+        TeaError, match=r"torch\.compile fails on .*\(.*current_callable.*: install a C\+\+ compiler"
+    ):
+        head.use_compiler()

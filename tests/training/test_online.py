@@ -12,6 +12,8 @@ import tea_rl.training.generating as generating
 from tea_rl import load_recipe, train
 from tea_rl.backbone import load_backbone
 from tea_rl.errors import TeaError
+from tea_rl.head import compiled_terms
+from tea_rl.training.progress import Listener
 from tea_rl.training.seeding import prompts_of_step
 
 REWARD = '''
@@ -158,6 +160,28 @@ def test_stopped_and_resumed_run_ends_with_the_same_bytes(recipe_file, tmp_path)
     assert rows(tmp_path / "whole", "samples.jsonl") == rows(tmp_path / "parts", "samples.jsonl")
     again = train(str(recipe_file), tmp_path / "parts", resume=True)  # a finished run: nothing left to do
     assert again.step == 6 and head_digest(tmp_path / "whole") == head_digest(tmp_path / "parts")
+
+
+def test_compiled_updates_learn_the_same_and_resume_exactly(recipe_file, tmp_path, monkeypatch):
+    """With the real compiler: `test_compiled_terms` looks at every kind of head without it."""
+    monkeypatch.setattr(compiled_terms, "_known", {})
+    texts = []
+    listener = Listener()
+    listener.on_note = texts.append
+    options = ["head.dropout=0", "head.member_dropout=0", "objective.inner_epochs=2"]
+    plain, compiled = (
+        load_recipe(str(recipe_file), [*options, f"train.compile={does}"]) for does in ("false", "true")
+    )
+    train(plain, tmp_path / "plain")
+    train(compiled, tmp_path / "whole", listener=listener)
+    assert any("waits for the compiler (train.compile)" in text for text in texts)
+    assert compiled_terms._known and None not in compiled_terms._known.values()
+    stops = iter([False, False, False, True])
+    train(compiled, tmp_path / "parts", should_stop=lambda: next(stops))
+    assert train(compiled, tmp_path / "parts", resume=True).step == 6
+    assert head_digest(tmp_path / "whole") == head_digest(tmp_path / "parts") != head_digest(tmp_path / "plain")
+    found, expected = (rows(tmp_path / name)[1] for name in ("whole", "plain"))
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-2, abs=1e-4)
 
 
 @pytest.mark.parametrize(

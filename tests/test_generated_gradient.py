@@ -1,0 +1,103 @@
+"""Functions with their gradients as generated code."""
+
+import pytest
+import torch
+from spared_compiler import spare_compiler
+
+from tea_rl.generated_gradient import differentiable
+
+
+@pytest.fixture
+def made(monkeypatch):
+    return spare_compiler(monkeypatch)
+
+
+def two_results(x, ids, weight, unused, table):
+    read = torch.tanh(x @ weight) * table[ids]
+    return read.sum(-1), (read.exp() * read).mean(-1)
+
+
+def given(rows, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    weight, unused = (torch.randn(7, 5, generator=generator, requires_grad=True) for _ in range(2))
+    return [
+        torch.randn(rows, 7, generator=generator),
+        torch.randint(11, (rows,), generator=generator),
+        weight,
+        unused,
+        torch.randn(11, 5, generator=generator, requires_grad=True),
+    ]
+
+
+def results_and_gradients(function, inputs):
+    results = function(*inputs)
+    (results[0] * torch.linspace(0, 1, len(results[0])) + results[1].square()).sum().backward()
+    gradients = [part.grad for part in inputs[2:]]
+    for part in inputs[2:]:
+        part.grad = None
+    return [*(result.detach() for result in results), *gradients]
+
+
+def compare(function, rows, seed):
+    inputs = given(rows, seed)
+    found, expected = (results_and_gradients(each, inputs) for each in (function, two_results))
+    assert found[3] is None and expected[3] is None  # as an optimizer expects it of what is not used
+    for mine, right in zip(found, expected, strict=True):
+        if right is not None:
+            torch.testing.assert_close(mine, right, rtol=1e-5, atol=1e-5)
+
+
+def test_results_and_gradients_are_those_of_autograd(made):
+    example = given(3)
+    function = differentiable(two_results, 2, example[:2], example[2:])
+    assert len(made) == 2
+    for seed, rows in enumerate([2, 40, 1021, 1500]):
+        compare(function, rows, seed)
+
+
+def test_compiled_code_says_the_same():
+    example = given(3)
+    function = differentiable(two_results, 2, example[:2], example[2:])
+    for seed, rows in enumerate([2, 40, 1021]):
+        compare(function, rows, seed)
+
+
+def test_one_result_alone_may_be_used(made):
+    inputs = given(6)
+    function = differentiable(two_results, 2, inputs[:2], inputs[2:])
+    one = []
+    for each in (function, two_results):
+        each(*inputs)[1].sum().backward()
+        one.append(inputs[2].grad)
+        inputs[2].grad = None
+    torch.testing.assert_close(*one)
+
+
+def test_nothing_is_learned_without_gradients(made):
+    inputs = given(6)
+    function = differentiable(two_results, 2, inputs[:2], inputs[2:])
+    with torch.no_grad():
+        assert not function(*inputs)[0].requires_grad
+
+
+def test_a_second_derivative_is_refused(made):
+    inputs = given(6)
+    function = differentiable(two_results, 2, inputs[:2], inputs[2:])
+    (first,) = torch.autograd.grad(function(*inputs)[0].sum(), inputs[2], create_graph=True)
+    with pytest.raises(RuntimeError):
+        first.sum().backward()
+
+
+def loops_over_rows(x, weight):
+    return (torch.stack([row @ weight for row in x]).sum(-1),)
+
+
+def asks_for_a_number(x, weight):
+    return ((x @ weight).sum(-1) * (2.0 if x.sum() > 0 else 1.0),)
+
+
+@pytest.mark.parametrize("function", [loops_over_rows, asks_for_a_number])
+def test_what_depends_on_numbers_or_on_their_count_is_not_made(function, made):
+    x, weight = torch.randn(4, 7), torch.randn(7, 5, requires_grad=True)
+    assert differentiable(function, 1, [x], [weight]) is None
+    assert not made
