@@ -47,11 +47,16 @@ def mappings(smaps: str) -> list[tuple[int, int, str]]:
 def test_the_heap_is_in_huge_pages():
     asked, smaps = run()
     assert asked >= huge_pages._ROOM
-    heap = [part for _, _, part in mappings(smaps) if "[heap]" in part]
+    heap = [
+        (end - start, part)
+        for start, end, part in mappings(smaps)
+        if "[heap]" in part and re.search(r"^VmFlags:.* hg", part, re.MULTILINE)
+    ]
+    assert sum(length for length, _ in heap) >= huge_pages._ROOM - (2 << 20)
     there = sum(
-        1024 * int(n) for part in heap for n in re.findall(r"^AnonHugePages: +(\d+) kB", part, re.MULTILINE)
+        int(n) for _, part in heap for n in re.findall(r"^AnonHugePages: +(\d+) kB", part, re.MULTILINE)
     )
-    assert there >= _BLOCK - (2 << 20)
+    assert there > 0  # how much of the block the kernel grants is up to what it has free
 
 
 @pytest.mark.skipif(not huge_pages._wanted(), reason="no glibc, or a kernel without huge pages")

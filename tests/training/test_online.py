@@ -179,7 +179,9 @@ def test_compiled_updates_learn_the_same_and_resume_exactly(recipe_file, tmp_pat
     stops = iter([False, False, False, True])
     train(compiled, tmp_path / "parts", should_stop=lambda: next(stops))
     assert train(compiled, tmp_path / "parts", resume=True).step == 6
-    assert head_digest(tmp_path / "whole") == head_digest(tmp_path / "parts") != head_digest(tmp_path / "plain")
+    assert (
+        head_digest(tmp_path / "whole") == head_digest(tmp_path / "parts") != head_digest(tmp_path / "plain")
+    )
     found, expected = (rows(tmp_path / name)[1] for name in ("whole", "plain"))
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-2, abs=1e-4)
 
