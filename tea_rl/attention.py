@@ -136,7 +136,8 @@ def compiled_newest_token(
     laid_out = key.stride() == value.stride() == (groups * room, room, width, 1) and key.shape == value.shape
     if laid_out and slots <= _SHORT and getattr(key, OWNER, None) is None:
         added = query.new_zeros(rows, 1, 1, slots) if mask is None else mask
-        code = _compiled_attention(query.dtype, 1 / math.sqrt(width) if scale is None else scale)
+        scale_used = 1 / math.sqrt(width) if scale is None else scale
+        code = _compiled_attention(query.dtype, scale_used, groups, heads // groups, width)
         if code is not None and added.shape == (rows, 1, 1, slots) and added.dtype == query.dtype:
             asked = query.reshape(rows, groups, heads // groups, width).contiguous()
             return code([asked, key, value, added.contiguous()])[0].view(rows, 1, heads, width)
@@ -144,19 +145,22 @@ def compiled_newest_token(
 
 
 @cache
-def _compiled_attention(dtype: torch.dtype, scale: float) -> Generated | None:
+def _compiled_attention(
+    dtype: torch.dtype, scale: float, groups: int, heads: int, width: int
+) -> Generated | None:
     def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor]:
         scores = ((query.float() * scale).unsqueeze(3) * key.float().unsqueeze(2)).sum(-1) + mask.float()
         weights = scores.softmax(-1).unsqueeze(-1)
         return ((weights * value.float().unsqueeze(2)).sum(3).to(dtype),)
 
-    rows, groups, heads, slots, room, width = 61, 3, 5, 37, 101, 64
+    others = (groups, heads, width)
+    rows, slots, room = [number for number in (61, 67, 71, 73, 79, 83) if number not in others][:3]
     cached = torch.empty(rows, groups, room, width, dtype=dtype)[:, :, :slots]
     query, mask = (
         torch.empty(rows, groups, heads, width, dtype=dtype),
         torch.empty(rows, 1, 1, slots, dtype=dtype),
     )
-    return generate(attention, (query, cached, cached, mask))
+    return generate(attention, (query, cached, cached, mask), [rows, slots])
 
 
 def _kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:

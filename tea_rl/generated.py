@@ -8,7 +8,8 @@ contiguous, so is what is given.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from itertools import count
 from threading import RLock
 from typing import Any
 
@@ -39,33 +40,41 @@ def compiler_failed(name: str, error: BaseException, setting: str = "model.compi
     )
 
 
-def generate(function: Callable[..., Sequence[Tensor]], examples: Sequence[Tensor]) -> Generated | None:
+def generate(
+    function: Callable[..., Sequence[Tensor]], examples: Sequence[Tensor], free: Collection[int] | None = None
+) -> Generated | None:
     """The function as compiled code; None if it cannot be: it depends on numbers, or changes what it is given.
 
     Args:
         function: of tensors, to new tensors.
         examples: what is given, in other sizes; sizes that need not be equal later must differ, and none be 0 or 1 unless it always is.
+        free: sizes in the examples that may be others later; None: all. Loops whose length is known are up to twice as fast.
 
     Raises:
         CompilerFailed: there is no C++ compiler, or one that does not do.
     """
     with one_at_a_time:
-        graph = traced(function, examples)
+        graph = traced(function, examples, free)
         made = None if graph is None else compiled(graph)
     return None if made is None or made.mutated_inputs else made.current_callable
+
+
+def rows_unlike(others: Sequence[Tensor]) -> int:
+    """A number of rows for examples that is none of the sizes of others, lest the two be taken for one."""
+    sizes = {size for part in others for size in part.shape}
+    return next(number for number in count(1021) if number not in sizes)
 
 
 def traced(
     function: Callable[..., Sequence[Tensor]],
     examples: Sequence[Tensor],
-    rows: int | None = None,
+    free: Collection[int] | None = None,
     autograd: bool = False,
 ) -> torch.fx.GraphModule | None:
-    """What a function of tensors does, as a graph of torch's basic operations whose sizes are symbols; None if numbers decide it.
+    """What a function of tensors does, as a graph of torch's basic operations whose free sizes are symbols; None if numbers decide it.
 
     Args:
-        function, examples: as in `generate`.
-        rows: only sizes that are this one are symbols, all others constants; None: all are symbols.
+        function, examples, free: as in `generate`.
         autograd: whether the function asks it for gradients.
     """
     from torch._inductor.decomposition import select_decomp_table  # a second or two of imports
@@ -79,7 +88,7 @@ def traced(
             def call(*given: Tensor) -> Sequence[Tensor]:
                 for example, part in zip(own, given, strict=True):
                     for number, size in zip(example.shape, part.shape, strict=True):
-                        if rows is not None and number != rows:
+                        if free is not None and number not in free:
                             int(size)  # a symbol that is asked for its number becomes that number
                 return called(*given)
 
@@ -113,11 +122,14 @@ def compiled(graph: torch.fx.GraphModule, many_calls: bool = False) -> Any:
 
         given = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
         mode: Any = next(value for value in given if isinstance(value, FakeTensor)).fake_mode
-        options = config.patch({**_UNCHECKED, "cpp_wrapper": many_calls})
+        # With the number of threads what is on disk for another one is not taken.
+        options = config.patch({**_UNCHECKED, "cpp.threads": torch.get_num_threads()})
         place = tracing(TracingContext(mode))
         with torch.inference_mode(False), torch.no_grad(), options, V.set_fake_mode(mode), place:
             # A bare module is what the compiler can keep on disk.
-            made: Any = compile_fx.compile_fx_inner(torch.fx.GraphModule(graph, graph.graph), given)
+            made: Any = compile_fx.compile_fx_inner(
+                torch.fx.GraphModule(graph, graph.graph), given, cpp_wrapper=many_calls
+            )
         made.current_callable  # noqa: B018 -- other versions of torch may return something else
         return made
     except Exception as error:

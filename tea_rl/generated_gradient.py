@@ -8,17 +8,14 @@ of rows is a symbol: small loops whose length the compiler knows are twice as fa
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tea_rl.generated import Generated, compiled, one_at_a_time, traced
-
-#: Rows of the examples; a number that is hardly any other size.
-_ROWS = 1021
+from tea_rl.generated import Generated, compiled, one_at_a_time, rows_unlike, traced
 
 
 class Differentiable:
@@ -56,7 +53,10 @@ class Differentiable:
         self.kept = [name for name in self.reads[1] if name not in known]
 
     def __call__(self, *given: Tensor) -> tuple[Tensor, ...]:
-        """The results, with gradients for what learns; all that is given is contiguous."""
+        """The results, with gradients for what learns.
+
+        Nothing is checked: rows are contiguous and equally many, and all is of the formats and sizes that the code was made for.
+        """
         return _Call.apply(self, *given)
 
 
@@ -67,7 +67,9 @@ class _Call(torch.autograd.Function):
         returned = function.forward([values[name] for name in function.reads[0]])
         values |= zip(function.writes[0], returned, strict=True)
         kept = {name: values[name] for name in function.kept}
-        ctx.save_for_backward(*(value for value in kept.values() if isinstance(value, Tensor)))
+        tensors = [value for value in kept.values() if isinstance(value, Tensor)]
+        # What is given as well: then autograd notices what is changed before the gradients are asked for.
+        ctx.save_for_backward(*tensors, *given)
         ctx.numbers = {name: value for name, value in kept.items() if not isinstance(value, Tensor)}
         ctx.function = function
         return tuple(values[name] for name in function.wanted[: function.num_results])
@@ -77,7 +79,7 @@ class _Call(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         function: Differentiable = ctx.function
         values: dict[str, Any] = dict(ctx.numbers)
-        values |= zip((name for name in function.kept if name not in values), ctx.saved_tensors, strict=True)
+        values |= zip((name for name in function.kept if name not in values), ctx.saved_tensors, strict=False)
         values |= zip(function.cotangents, (part.contiguous() for part in cotangents), strict=True)
         returned = function.backward([values[name] for name in function.reads[1]])
         values |= zip(function.writes[1], returned, strict=True)
@@ -96,14 +98,16 @@ def differentiable(
     """The function with its gradients as compiled code; None if it cannot be: numbers or the number of rows decide what it does.
 
     Args:
-        function: of ``(*rows, *fixed)``, to so many times float32 numbers ``(N,)``. It draws nothing at random.
+        function: of ``(*rows, *fixed)``, to so many times float32 numbers ``(N,)``. It draws nothing at random. Nothing asks for
+            autocast around it, or around what is made of it.
         rows: examples of what has a first axis ``N``.
         fixed: what else is given, with the sizes that it always has; what requires a gradient gets one.
 
     Raises:
         CompilerFailed: there is no C++ compiler, or one that does not do.
     """
-    given = [torch.empty(_ROWS, *part.shape[1:], dtype=part.dtype) for part in rows] + [*fixed]
+    number = rows_unlike([*(part[:1] for part in rows), *fixed])
+    given = [torch.empty(number, *part.shape[1:], dtype=part.dtype) for part in rows] + [*fixed]
     learned = [place for place, part in enumerate(given) if part.requires_grad]
     used: list[int] = []
 
@@ -112,6 +116,8 @@ def differentiable(
         with torch.enable_grad():
             leaves = [part.detach().requires_grad_(place in learned) for place, part in enumerate(given)]
             results = function(*leaves)
+        if any(result.dtype != torch.float32 for result in results):
+            raise TypeError("what is differentiated is float32")
         found = torch.autograd.grad(
             results, [leaves[place] for place in learned], cotangents, allow_unused=True
         )
@@ -122,8 +128,8 @@ def differentiable(
         ]
 
     with one_at_a_time:
-        cotangents = [torch.empty(_ROWS) for _ in range(num_results)]
-        graph = traced(both, [*cotangents, *given], rows=_ROWS, autograd=True)
+        cotangents = [torch.empty(number, dtype=torch.float32) for _ in range(num_results)]
+        graph = traced(both, [*cotangents, *given], [number], autograd=True)
         if graph is None or _knows_rows(graph):
             return None
         split = _split(graph, num_results)
@@ -156,4 +162,10 @@ def _split(graph: torch.fx.GraphModule, num_results: int) -> torch.fx.GraphModul
         if node not in needed:
             needed.add(node)
             left += node.all_input_nodes
-    return split_module(graph, None, lambda node: int(node not in needed))  # type: ignore[arg-type]
+    split = split_module(graph, None, lambda node: int(node not in needed))  # type: ignore[arg-type]
+    for part in cast("Iterable[torch.fx.GraphModule]", split.children()):
+        output = part.graph.output_node()
+        if isinstance(output.args[0], torch.fx.Node):  # the compiler wants several
+            output.args = ((output.args[0],),)
+            part.recompile()
+    return split

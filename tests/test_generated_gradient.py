@@ -62,6 +62,40 @@ def test_compiled_code_says_the_same():
         compare(function, rows, seed)
 
 
+@pytest.mark.parametrize("width", [1021, 1022])
+def test_sizes_are_not_taken_for_the_number_of_rows(width):
+    """The examples have 1021 rows, if nothing else has."""
+    x, weight = torch.randn(30, width), torch.randn(width, requires_grad=True)
+    function = differentiable(lambda x, weight: ((x * weight).sum(-1),), 1, [x], [weight])
+    for rows in (30, 1021, 1022, 2000):
+        x = torch.randn(rows, width)
+        torch.testing.assert_close(function(x, weight)[0], x @ weight, rtol=1e-4, atol=1e-4)
+
+
+def test_what_was_changed_before_the_gradients_is_noticed(made):
+    for place in (0, 2, 4):
+        inputs = given(6)
+        function = differentiable(two_results, 2, inputs[:2], inputs[2:])
+        results = function(*inputs)
+        with torch.no_grad():
+            inputs[place].mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            results[0].sum().backward()
+
+
+def test_gradients_may_be_asked_for_twice(made):
+    inputs = given(6)
+    function = differentiable(two_results, 2, inputs[:2], inputs[2:])
+    first, second = function(*inputs)[0].sum(), function(*inputs)[1].sum()
+    for _ in range(2):
+        first.backward(retain_graph=True)
+    second.backward()
+    found, inputs[2].grad = inputs[2].grad, None
+    results = two_results(*inputs)
+    (2 * results[0].sum() + results[1].sum()).backward()
+    torch.testing.assert_close(found, inputs[2].grad)
+
+
 def test_one_result_alone_may_be_used(made):
     inputs = given(6)
     function = differentiable(two_results, 2, inputs[:2], inputs[2:])
@@ -96,7 +130,11 @@ def asks_for_a_number(x, weight):
     return ((x @ weight).sum(-1) * (2.0 if x.sum() > 0 else 1.0),)
 
 
-@pytest.mark.parametrize("function", [loops_over_rows, asks_for_a_number])
+def is_double(x, weight):
+    return ((x.double() @ weight.double()).sum(-1),)
+
+
+@pytest.mark.parametrize("function", [loops_over_rows, asks_for_a_number, is_double])
 def test_what_depends_on_numbers_or_on_their_count_is_not_made(function, made):
     x, weight = torch.randn(4, 7), torch.randn(7, 5, requires_grad=True)
     assert differentiable(function, 1, [x], [weight]) is None

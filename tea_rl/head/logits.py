@@ -29,6 +29,8 @@ from tea_rl.w8a8 import W8A8Output
 
 #: Products of half precision are taken by blocks of this many tokens of the vocabulary.
 _VOCABULARY_BLOCK = 8192
+#: Members are compared over at most so many of the likeliest tokens.
+_COMPARED = 128
 
 
 class CorrectedLogits(nn.Module):
@@ -238,13 +240,13 @@ class CorrectedLogits(nn.Module):
         Raises:
             TeaError: there is no C++ compiler, or one that does not do.
         """
-        self.uses_compiler = True
         if self.weight.device.type == "cpu":
-            self._compiled_product(self.weight.dtype)  # whether it can
+            self._compiled_product(self.weight, min(_COMPARED, self.shortlist_size))  # whether it can
+        self.uses_compiler = True
 
-    def _compiled_product(self, dtype: torch.dtype) -> Generated | None:
+    def _compiled_product(self, weight: Tensor, listed: int) -> Generated | None:
         try:
-            return compiled_product(dtype)
+            return compiled_product(weight.dtype, *weight.shape, listed)
         except CompilerFailed as error:
             raise compiler_failed(self.base_model_name_or_path or "this head", error) from error
 
@@ -252,7 +254,9 @@ class CorrectedLogits(nn.Module):
         if self.writes_products:
             return shortlist_product(g, weight, ids, written_product)
         serves = self.uses_compiler and weight.is_contiguous() and weight.device.type == "cpu"
-        return shortlist_product(g, weight, ids, self._compiled_product(weight.dtype) if serves else None)
+        return shortlist_product(
+            g, weight, ids, self._compiled_product(weight, ids.shape[1]) if serves else None
+        )
 
     def reads(self, hidden_states: Tensor, g: Tensor) -> list[Reads]:
         """The products whose sum is the correction (before ``logit_scale``), given what the members returned."""
@@ -317,7 +321,7 @@ class CorrectedLogits(nn.Module):
         returns as in `forward`.
         """
         states = hidden_states.reshape(-1, self.state_width)
-        size = min(128, self.shortlist_size)
+        size = min(_COMPARED, self.shortlist_size)
         ids = largest(self.reference_logits(states), size)[1]
         asked = self._asked(returns, hidden_states.shape[:-1])
         per_member, _ = self.members.corrections_per_member(states, asked)

@@ -23,7 +23,7 @@ VOCAB_READOUT_GAIN = 10.0
 #: Initial size of memory keys: peaked enough that a query reads a handful of slots, not the mean of all.
 KEY_SCALE = 2.0
 #: States from which on products of half precision pay.
-_MANY_STATES = 8
+MANY_STATES = 8
 
 
 class PackedFeatures(nn.Module):
@@ -114,7 +114,7 @@ class PackedFeatures(nn.Module):
     def _products(self, states: Tensor) -> AbstractContextManager[object]:
         """Inside, products are of `product_dtype`; parameters and their gradients stay float32."""
         # To round all weights for a few states takes longer than to multiply them as they are.
-        if self.product_dtype == torch.float32 or states.shape[0] < _MANY_STATES:
+        if self.product_dtype == torch.float32 or states.shape[0] < MANY_STATES:
             return nullcontext()
         return torch.autocast(self.norm_scale.device.type, dtype=self.product_dtype)
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tea_rl.generated import Generated, generate
+from tea_rl.generated import Generated, generate, rows_unlike
 from tea_rl.head.scratch import Scratch
 
 #: Stands for minus infinity where a later product with a zero probability must stay zero.
@@ -241,16 +241,16 @@ def written_product(given: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 @cache
-def compiled_product(dtype: torch.dtype) -> Generated | None:
+def compiled_product(dtype: torch.dtype, vocabulary: int, width: int, listed: int) -> Generated | None:
     """`shortlist_product` without gradients, as compiled code for a CPU: contiguous float32 ``g``, weights of a number format, int64 ids.
+
+    ``(V, G)`` is the shape of the weights and ``k`` how many rows are listed; the number of tokens is free.
 
     Raises:
         CompilerFailed: there is no C++ compiler, or one that does not do.
     """
-
-    weight = torch.empty(89, 73, dtype=dtype)
-    made = generate(
-        lambda *given: written_product(given),
-        (torch.empty(61, 73), weight, torch.zeros(61, 67, dtype=torch.long)),
-    )
+    weight = torch.empty(vocabulary, width, dtype=dtype)
+    rows = rows_unlike([weight, torch.empty(listed)])
+    examples = (torch.empty(rows, width), weight, torch.zeros(rows, listed, dtype=torch.long))
+    made = generate(lambda *given: written_product(given), examples, [rows])
     return None if made is None else lambda given: made(given)  # a plain function: heads are copied

@@ -35,8 +35,8 @@ _APART = frozenset(
 _IN_PLACE = frozenset({"__iadd__", "__isub__", "__imul__", "__itruediv__"})
 #: Fewer operations are not worth the call.
 _FEWEST = 2
-#: Stands for the number of rows while a piece is compiled; the first that is no other size, lest the two be taken for one.
-_ROWS = (61, 67, 71, 73, 79, 83, 89, 97)
+#: Stands for the number of rows while a piece is compiled; the first of which no other size is a multiple, lest the two be taken for one.
+_ROWS = (61, 67, 71, 73, 79, 83, 89, 97, 101, 103, 107, 109, 113)
 _VARIABLE = re.compile(r"\bv\d+\b")
 _NAME = re.compile(r"\bv\d+(?:\[\d+\])?|\b[ik]\d+\b")
 
@@ -161,9 +161,10 @@ def _piece(body: list[Line], outputs: list[str], written: Written) -> tuple[list
     lines = [f"{line.target} = {_NAME.sub(renamed, line.text)}" for line in body]
     lines.append(f"return ({', '.join(outputs)},)")
     pairs = [_recorded(name, written) for name in given]
-    examples = _examples(pairs, written.rows)
-    if examples is None:
+    found = _examples(pairs, written.rows)
+    if found is None:
         return None
+    examples, free = found
     counted = [
         at for at, (one, other) in enumerate(pairs) if (*one.shape[:1], *other.shape[:1]) == written.rows
     ]
@@ -174,7 +175,7 @@ def _piece(body: list[Line], outputs: list[str], written: Written) -> tuple[list
     layout = tuple((e.shape, e.stride(), e.dtype) for e in examples)
     key = ("\n".join(lines), tuple(map(repr, constants)), layout, torch.get_num_threads())
     if key not in _pieces:
-        call = generate(function("piece", list(given.values()), lines, constants), examples)
+        call = generate(function("piece", list(given.values()), lines, constants), examples, free)
         _pieces[key] = None if call is None else _Known(call, constants)
     known = _pieces[key]
     return None if known is None else (list(given), known.call)
@@ -188,18 +189,22 @@ def _recorded(name: str, written: Written) -> tuple[Tensor, Tensor]:
     return value, value
 
 
-def _examples(pairs: Sequence[tuple[Tensor, Tensor]], rows: tuple[int, int]) -> list[Tensor] | None:
-    """Tensors laid out as those of two records would be with another number of rows; None if something else differs."""
+def _examples(
+    pairs: Sequence[tuple[Tensor, Tensor]], rows: tuple[int, int]
+) -> tuple[list[Tensor], set[int]] | None:
+    """Tensors laid out as those of two records would be with another number of rows, and the sizes that hang on it; None if others do."""
     sizes = {size for one, _ in pairs for size in (*one.shape, *one.stride())}
-    count = next(number for number in _ROWS if number not in sizes)
+    count = next(number for number in _ROWS if not any(size and size % number == 0 for size in sizes))
     examples = []
+    free: set[int] = set()
     for one, other in pairs:
         shape = [_scaled(a, b, rows, count) for a, b in zip(one.shape, other.shape, strict=True)]
         stride = [_scaled(a, b, rows, count) for a, b in zip(one.stride(), other.stride(), strict=True)]
         if None in shape or None in stride:
             return None
+        free |= {size for a, b, size in zip(one.shape, other.shape, shape, strict=True) if a != b}  # type: ignore[misc]
         examples.append(torch.empty_strided(shape, stride, dtype=one.dtype))  # type: ignore[arg-type]
-    return examples
+    return examples, free
 
 
 def _scaled(one: int, other: int, rows: tuple[int, int], count: int) -> int | None:

@@ -1,5 +1,8 @@
 """Terms and their gradients as compiled code: what autograd says, up to rounding."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from naive_policy import VOCAB, make_head
@@ -128,6 +131,81 @@ def test_compiled_code_says_the_same(dtype):
         agree(head, batch_for(head, count), rtol=1e-4 if dtype == torch.float32 else 0.05)
 
 
+def test_compiled_code_of_everything_at_once():
+    head = make_head(
+        shortlist_size=SIZE, member_kind="memory", gate=True, random_widths=True, return_conditioning=True,
+        context=ContextConfig(layers=[-1], horizons=["all"]), bias=True, logit_scale=0.5,
+    )  # fmt: skip
+    head.fit_returns(torch.randn(20))
+    batch = batch_for(head, 60, temperature=0.9)
+    returns = torch.where(torch.arange(60) % 5 == 0, torch.nan, torch.randn(60))
+    options = {"temperature": 0.9, "anchor": "forward_kl", "token_values": torch.randn(VOCAB)}
+    agree(head, batch, returns=returns, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_numbers_of_other_formats(dtype):
+    """With float64 somewhere the terms are not float32, and not compiled."""
+    head = make_head(shortlist_size=SIZE)
+    batch = batch_for(head, 30)
+    batch.within_tail_logps = batch.within_tail_logps.to(dtype)
+    batch.slots = batch.slots.int().long()
+    found, expected = (terms_and_gradients(head, batch, compiles) for compiles in (True, False))
+    assert (None in module._known.values()) == (dtype == torch.float64)
+    for mine, right in zip((*found[0], *found[1]), (*expected[0], *expected[1]), strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-3, atol=1e-5)
+
+
+def test_what_cannot_be_written_down_is_told(made, monkeypatch, caplog):
+    monkeypatch.setattr(module, "differentiable", lambda *given: None)
+    head = make_head(shortlist_size=SIZE)
+    head.compiles_terms = True
+    batch = batch_for(head, 30)
+    for _ in range(2):
+        assert head.terms(batch).logps.requires_grad
+    assert caplog.text.count("train.compile changes little") == 1
+
+
+def test_wrong_rows_are_refused_as_ever(made):
+    head = make_head(shortlist_size=SIZE)
+    head.compiles_terms = True
+    batch = batch_for(head, 30)
+    batch.slots = batch.slots[:-1]
+    with pytest.raises(RuntimeError):
+        head.terms(batch)
+
+
+def test_the_head_that_is_written_down_is_a_copy(made, monkeypatch):
+    """Somebody else may use the head meanwhile."""
+    head = make_head(shortlist_size=SIZE)
+    batch = batch_for(head, 30)
+    weights = [parameter.data_ptr() for parameter in head.parameters()]
+    looked = []
+    original = module.differentiable
+
+    def look(function, *given):
+        def looking(*tensors):
+            looked.append((head.writes_products, [parameter.data_ptr() for parameter in head.parameters()]))
+            return function(*tensors)
+
+        return original(looking, *given)
+
+    monkeypatch.setattr(module, "differentiable", look)
+    head.compiles_terms = True
+    head.terms(batch)
+    assert looked and all(found == (False, weights) for found in looked)
+
+
+def test_nothing_of_a_head_is_kept(made):
+    head = make_head(shortlist_size=SIZE)
+    head.compiles_terms = True
+    head.terms(batch_for(head, 30))
+    gone = weakref.ref(head), weakref.ref(head.weight)
+    del head
+    gc.collect()
+    assert module._known and [found() for found in gone] == [None, None]
+
+
 def test_heads_of_one_configuration_share_their_code(made):
     batch = batch_for(make_head(shortlist_size=SIZE), 30)
     for spread in (0.05, 0.2):
@@ -144,6 +222,12 @@ def test_what_is_not_compiled(made):
         head.terms(batch_for(head, 30))
     head.terms(batch_for(head, 7))
     head.terms(batch_for(head, 30, distinct=False))
+    with torch.autocast("cpu", torch.bfloat16):
+        head.terms(batch_for(head, 30))
+    learns = batch_for(head, 30)
+    learns.states.requires_grad_()
+    head.terms(learns).logps.sum().backward()
+    assert learns.states.grad is not None
     assert not made and not module._known
     head.terms(batch_for(head, 30))
     assert made

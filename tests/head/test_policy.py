@@ -124,9 +124,16 @@ def test_shortlist_product_gradient(tokens, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_shortlist_product(dtype):
-    """One code for any number of tokens, listed rows and columns; sums and their input are not rounded to half precision."""
-    compiled = compiled_product(dtype)
-    for tokens, listed, width in [(1, 5, 8), (7, 1, 100), (130, 12, 33)]:
+    """Sums and their input are not rounded to half precision."""
+    for tokens, listed, width in [
+        (1, 5, 8),
+        (7, 1, 100),
+        (130, 12, 33),
+        (12, 12, 12),
+        (33, 12, 33),
+        (50, 12, 33),
+    ]:
+        compiled = compiled_product(dtype, 50, width, listed)
         torch.manual_seed(0)
         weight, ids = torch.randn(50, width).to(dtype), torch.randint(50, (tokens, listed))
         g = torch.randn(width, tokens).t().requires_grad_()
@@ -153,7 +160,9 @@ def test_what_is_compiled_takes_what_the_kernel_takes(given):
         else ids
     )
     expected = (g.float().unsqueeze(1) * weight[ids.long()]).sum(-1)
-    torch.testing.assert_close(shortlist_product(g, weight, ids, compiled_product(torch.float32)), expected)
+    torch.testing.assert_close(
+        shortlist_product(g, weight, ids, compiled_product(torch.float32, 50, 8, 5)), expected
+    )
 
 
 def test_a_head_that_is_moved_leaves_its_compiled_product():

@@ -227,12 +227,14 @@ def test_layers_with_other_constants_or_formats_have_pieces_of_their_own(tmp_pat
 def test_examples_keep_the_rows_apart():
     """Sizes that are equal in an example are taken for one."""
     given = [(torch.empty(7, 61), torch.empty(11, 61)), (torch.empty(61), torch.empty(61))]
-    rows, same = fusion._examples(given, (7, 11))
+    (rows, same), free = fusion._examples(given, (7, 11))
     assert rows.shape == (67, 61) and same.shape == (61,) and rows.stride() == (61, 1)
-    columns, three = fusion._examples(
+    assert free == {67}
+    (columns, three), free = fusion._examples(
         [(torch.empty(5, 7), torch.empty(5, 11)), (torch.empty(21), torch.empty(33))], (7, 11)
     )
     assert columns.shape == (5, 61) and columns.stride() == (61, 1) and three.shape == (183,)
+    assert free == {61, 183}
 
 
 @pytest.mark.parametrize("sizes", [(5, 6), (8, 12), (14, 11)])
@@ -265,7 +267,9 @@ def test_threads_generate_one_after_the_other():
 
 
 def test_an_old_torch_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx_inner", lambda graph, given: object())
+    monkeypatch.setattr(
+        torch._inductor.compile_fx, "compile_fx_inner", lambda graph, given, **options: object()
+    )
     monkeypatch.setattr(logits, "compiled_product", logits.compiled_product.__wrapped__)
     head = TeaHead.for_backbone(compiled(tmp_path))
     with pytest.raises(
