@@ -234,21 +234,28 @@ class CorrectedLogits(nn.Module):
         total = products[0] if len(products) == 1 else products[0] + products[1]
         return (total if self.logit_scale == 1.0 else self.logit_scale * total), shift
 
-    def use_compiler(self) -> None:
+    def use_compiler(self, setting: str = "model.compile") -> None:
         """Let the compiler of `torch.compile` write the products with shortlists (a CPU's only); they differ by rounding.
+
+        Args:
+            setting: whoever asked for it, for the error.
 
         Raises:
             TeaError: there is no C++ compiler, or one that does not do.
         """
         if self.weight.device.type == "cpu":
-            self._compiled_product(self.weight, min(_COMPARED, self.shortlist_size))  # whether it can
+            self._compiled_product(
+                self.weight, min(_COMPARED, self.shortlist_size), setting
+            )  # whether it can
         self.uses_compiler = True
 
-    def _compiled_product(self, weight: Tensor, listed: int) -> Generated | None:
+    def _compiled_product(
+        self, weight: Tensor, listed: int, setting: str = "model.compile"
+    ) -> Generated | None:
         try:
             return compiled_product(weight.dtype, *weight.shape, listed)
         except CompilerFailed as error:
-            raise compiler_failed(self.base_model_name_or_path or "this head", error) from error
+            raise compiler_failed(self.base_model_name_or_path or "this head", error, setting) from error
 
     def _product(self, g: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
         if self.writes_products:

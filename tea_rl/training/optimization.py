@@ -45,7 +45,9 @@ class HeadOptimizer:
         self.temperature = temperature
         head.compiles_terms = train.compile
         if train.compile:
-            head.use_compiler()  # for what is not compiled as a whole, and to know at once whether there is one
+            head.use_compiler(
+                "train.compile"
+            )  # for what is not compiled as a whole, and to know at once whether there is one
         self.optimizer = build_optimizer(head.trainable_parameters(), train)
         # Step n uses place n of the schedule, not n - 1: warm-up begins at 1/n and a decay ends at 1/n, where the first
         # or last step would otherwise be wasted at 0. Hence one place more, and one step ahead.

@@ -273,7 +273,7 @@ def test_a_failing_compiler_is_one_line(monkeypatch):
     ):
         head.terms(batch)
     # A learner asks before anything was generated.
-    with pytest.raises(TeaError, match=r"no compiler"):
+    with pytest.raises(TeaError, match=r"train\.compile is true, but .*no compiler"):
         Learner(head, ObjectiveConfig(), AnchorConfig(), TrainConfig(compile=True), 1.0, 10)
 
 
