@@ -148,31 +148,12 @@ class TeaHead(CorrectedLogits):
                 f"head.shortlist_size is {self.shortlist_size}, but the recorded tokens have {size or 'no shortlist'}; "
                 "use the size they were recorded with"
             )
+        given = (read, shortlist, batch.slots, batch.within_tail_logps, temperature, anchor)
         if self.compiles_terms and at is None:
-            found = compiled_terms(
-                self,
-                read,
-                shortlist,
-                batch.slots,
-                batch.within_tail_logps,
-                temperature,
-                anchor,
-                asked,
-                token_values,
-            )
+            found = compiled_terms(self, *given, asked, token_values)
             if found is not None:
                 return found
-        return self.shortlist_terms(
-            read,
-            shortlist,
-            batch.slots,
-            batch.within_tail_logps,
-            temperature,
-            anchor,
-            at,
-            asked,
-            token_values,
-        )
+        return self.shortlist_terms(*given, at, asked, token_values)
 
     def shortlist_terms(
         self,
