@@ -33,8 +33,9 @@ def why_not_compiled(head: TeaHead) -> str | None:
     config = head.config
     if head.weight.device.type != "cpu":
         return f"the head is on {head.weight.device.type}, and only what runs on a CPU is compiled"
-    if config.dropout > 0 or config.member_dropout > 0:
-        return "compiled code would draw other numbers for head.dropout and head.member_dropout"
+    for name in ("dropout", "member_dropout"):
+        if getattr(config, name) > 0:
+            return f"compiled code would draw other numbers for head.{name}"
     if head.full_vocabulary:
         return (
             f'only updates over shortlists are compiled, and head.shortlist_size is "{config.shortlist_size}"'
@@ -88,7 +89,9 @@ def compiled_terms(
             name = head.base_model_name_or_path or "this head"
             raise compiler_failed(name, error, "train.compile") from error
         if _known[key] is None:
-            _log.warning("train.compile changes little: what this head computes cannot be written down")
+            _log.warning(
+                "train.compile compiles at most the products with shortlists here: what this head computes cannot be written down"
+            )
     known = _known[key]
     if known is None:
         return None

@@ -99,9 +99,9 @@ class TrainingLoop:
         if self.recipe.train.compile:
             reason = why_not_compiled(head)
             self.listener.on_note(
-                "the first update waits for the compiler (train.compile): some ten seconds"
+                "train.compile: the first update takes some ten seconds more, two where the same was compiled before"
                 if reason is None
-                else f"train.compile changes little: {reason}"
+                else f"train.compile compiles at most the products with shortlists here: {reason}"
             )
         resume_step = self.checkpoint[1] if self.checkpoint else None
         self.tracker = make_tracker(

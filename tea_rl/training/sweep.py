@@ -169,7 +169,7 @@ def grid_recipes(
             )
         if key in _WITHOUT_EFFECT:
             raise TeaError(
-                f"--grid {key}: a sweep takes every step and evaluates once, at the end, so that heads would not differ in it; "
+                f"--grid {key}: a sweep trains all heads together, takes every step and evaluates once, so that heads would not differ in it; "
                 "compare that in separate runs of tea-rl train"
             )
         if not len(values):

@@ -174,7 +174,7 @@ def test_compiled_updates_learn_the_same_and_resume_exactly(recipe_file, tmp_pat
     )
     train(plain, tmp_path / "plain")
     train(compiled, tmp_path / "whole", listener=listener)
-    assert any("waits for the compiler (train.compile)" in text for text in texts)
+    assert any("train.compile: the first update" in text for text in texts)
     assert compiled_terms._known and None not in compiled_terms._known.values()
     stops = iter([False, False, False, True])
     train(compiled, tmp_path / "parts", should_stop=lambda: next(stops))
