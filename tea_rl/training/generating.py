@@ -48,6 +48,8 @@ class GeneratingLoop(TrainingLoop):
         """Make head and learner; the last thing a constructor does."""
         recipe = self.recipe
         head = TeaHead.for_backbone(self.backbone, recipe.head, seed=recipe.train.seed)
+        if recipe.model.compile:
+            head.use_compiler()  # before anything is written, whether there is one
         learner = self.learner_class(
             head,
             recipe.objective,

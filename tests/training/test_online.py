@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import torch._inductor.compile_fx
 import yaml
 from tiny import save_tiny
 
@@ -12,7 +13,7 @@ import tea_rl.training.generating as generating
 from tea_rl import load_recipe, train
 from tea_rl.backbone import load_backbone
 from tea_rl.errors import TeaError
-from tea_rl.head import compiled_terms
+from tea_rl.head import compiled_terms, logits
 from tea_rl.training.progress import Listener
 from tea_rl.training.seeding import prompts_of_step
 
@@ -184,6 +185,19 @@ def test_compiled_updates_learn_the_same_and_resume_exactly(recipe_file, tmp_pat
     )
     found, expected = (rows(tmp_path / name)[1] for name in ("whole", "plain"))
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-2, abs=1e-4)
+
+
+@pytest.mark.parametrize("setting", ["model.compile", "train.compile"])
+def test_without_a_compiler_nothing_is_begun(recipe_file, tmp_path, monkeypatch, setting):
+    def fail(*given, **options):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx_inner", fail)
+    monkeypatch.setattr(logits, "compiled_product", logits.compiled_product.__wrapped__)
+    recipe = load_recipe(str(recipe_file), [f"{setting}=true"])
+    with pytest.raises(TeaError, match=rf"{setting} is true, but .*no compiler"):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
