@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from itertools import islice
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tea_rl.devices import cpu_has_tiles
 from tea_rl.errors import TeaError
-from tea_rl.generated import Generated, generate
+from tea_rl.generated import Generated, generate, numbers_unlike
 
 #: The name under which transformers knows it, made of the one that it stands in for.
 NAME = "tea_rl_sdpa"
@@ -153,8 +154,7 @@ def _compiled_attention(
         weights = scores.softmax(-1).unsqueeze(-1)
         return ((weights * value.float().unsqueeze(2)).sum(3).to(dtype),)
 
-    others = (groups, heads, width)
-    rows, slots, room = [number for number in (61, 67, 71, 73, 79, 83) if number not in others][:3]
+    rows, slots, room = islice(numbers_unlike([groups, heads, width]), 3)
     cached = torch.empty(rows, groups, room, width, dtype=dtype)[:, :, :slots]
     query, mask = (
         torch.empty(rows, groups, heads, width, dtype=dtype),

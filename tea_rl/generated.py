@@ -8,8 +8,9 @@ contiguous, so is what is given.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import count
+from math import isqrt
 from threading import RLock
 from typing import Any
 
@@ -59,10 +60,12 @@ def generate(
     return None if made is None or made.mutated_inputs else made.current_callable
 
 
-def rows_unlike(others: Sequence[Tensor]) -> int:
-    """A number of rows for examples that is none of the sizes of others, lest the two be taken for one."""
-    sizes = {size for part in others for size in part.shape}
-    return next(number for number in count(1021) if number not in sizes)
+def numbers_unlike(sizes: Collection[int], least: int = 61) -> Iterator[int]:
+    """Primes for what is free in examples: no size is one of them or a multiple of it, lest the two be taken for one."""
+    for number in count(least):
+        is_prime = all(number % divisor for divisor in range(2, isqrt(number) + 1))
+        if is_prime and not any(size and size % number == 0 for size in sizes):
+            yield number
 
 
 def traced(
@@ -130,7 +133,8 @@ def compiled(graph: torch.fx.GraphModule, many_calls: bool = False) -> Any:
             made: Any = compile_fx.compile_fx_inner(
                 torch.fx.GraphModule(graph, graph.graph), given, cpp_wrapper=many_calls
             )
-        made.current_callable  # noqa: B018 -- other versions of torch may return something else
+        if not hasattr(made, "current_callable"):
+            raise RuntimeError(f"torch {torch.__version__} is too old for it")
         return made
     except Exception as error:
         raise CompilerFailed from error

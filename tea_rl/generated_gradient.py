@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tea_rl.generated import Generated, compiled, one_at_a_time, rows_unlike, traced
+from tea_rl.generated import Generated, compiled, numbers_unlike, one_at_a_time, traced
+
+#: The least number of rows of the examples: more than units of a member, as in most updates.
+_MANY = 1021
 
 
 class Differentiable:
@@ -106,7 +109,8 @@ def differentiable(
     Raises:
         CompilerFailed: there is no C++ compiler, or one that does not do.
     """
-    number = rows_unlike([*(part[:1] for part in rows), *fixed])
+    sizes = [size for part in (*(row[0] for row in rows), *fixed) for size in part.shape]
+    number = next(numbers_unlike(sizes, _MANY))
     given = [torch.empty(number, *part.shape[1:], dtype=part.dtype) for part in rows] + [*fixed]
     learned = [place for place, part in enumerate(given) if part.requires_grad]
     used: list[int] = []

@@ -62,12 +62,12 @@ def test_compiled_code_says_the_same():
         compare(function, rows, seed)
 
 
-@pytest.mark.parametrize("width", [1021, 1022])
+@pytest.mark.parametrize("width", [1021, 1031])
 def test_sizes_are_not_taken_for_the_number_of_rows(width):
     """The examples have 1021 rows, if nothing else has."""
     x, weight = torch.randn(30, width), torch.randn(width, requires_grad=True)
     function = differentiable(lambda x, weight: ((x * weight).sum(-1),), 1, [x], [weight])
-    for rows in (30, 1021, 1022, 2000):
+    for rows in (30, 1021, 1031, 2000):
         x = torch.randn(rows, width)
         torch.testing.assert_close(function(x, weight)[0], x @ weight, rtol=1e-4, atol=1e-4)
 
@@ -118,7 +118,7 @@ def test_a_second_derivative_is_refused(made):
     inputs = given(6)
     function = differentiable(two_results, 2, inputs[:2], inputs[2:])
     (first,) = torch.autograd.grad(function(*inputs)[0].sum(), inputs[2], create_graph=True)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="does not require grad"):
         first.sum().backward()
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tea_rl.generated import Generated, generate, rows_unlike
+from tea_rl.generated import Generated, generate, numbers_unlike
 from tea_rl.head.scratch import Scratch
 
 #: Stands for minus infinity where a later product with a zero probability must stay zero.
@@ -250,7 +250,7 @@ def compiled_product(dtype: torch.dtype, vocabulary: int, width: int, listed: in
         CompilerFailed: there is no C++ compiler, or one that does not do.
     """
     weight = torch.empty(vocabulary, width, dtype=dtype)
-    rows = rows_unlike([weight, torch.empty(listed)])
+    rows = next(numbers_unlike([vocabulary, width, listed]))
     examples = (torch.empty(rows, width), weight, torch.zeros(rows, listed, dtype=torch.long))
     made = generate(lambda *given: written_product(given), examples, [rows])
     return None if made is None else lambda given: made(given)  # a plain function: heads are copied

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tea_rl.attention import compiled_newest_token, newest_token
-from tea_rl.generated import Generated, generate
+from tea_rl.generated import Generated, generate, numbers_unlike
 from tea_rl.rollout.tape_program import Line, Written, function, tensors_in, times_rows
 
 #: Calls that no piece contains: products, and what has a good kernel of its own. So are all that are not torch's own methods.
@@ -35,8 +35,6 @@ _APART = frozenset(
 _IN_PLACE = frozenset({"__iadd__", "__isub__", "__imul__", "__itruediv__"})
 #: Fewer operations are not worth the call.
 _FEWEST = 2
-#: Stands for the number of rows while a piece is compiled; the first of which no other size is a multiple, lest the two be taken for one.
-_ROWS = (61, 67, 71, 73, 79, 83, 89, 97, 101, 103, 107, 109, 113)
 _VARIABLE = re.compile(r"\bv\d+\b")
 _NAME = re.compile(r"\bv\d+(?:\[\d+\])?|\b[ik]\d+\b")
 
@@ -194,7 +192,7 @@ def _examples(
 ) -> tuple[list[Tensor], set[int]] | None:
     """Tensors laid out as those of two records would be with another number of rows, and the sizes that hang on it; None if others do."""
     sizes = {size for one, _ in pairs for size in (*one.shape, *one.stride())}
-    count = next(number for number in _ROWS if not any(size and size % number == 0 for size in sizes))
+    count = next(numbers_unlike(sizes))
     examples = []
     free: set[int] = set()
     for one, other in pairs:

@@ -93,7 +93,7 @@ class OfflineLearner(HeadOptimizer):
         """The rest of a step once the gradients of its loss are there; clears them."""
         learning_rate = self.learning_rate
         norm = self.follow_gradients(loss)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.clear_gradients()
         self.head.eval()
         self.end_step()
         return StepReport(

@@ -45,9 +45,8 @@ class HeadOptimizer:
         self.temperature = temperature
         head.compiles_terms = train.compile
         if train.compile:
-            head.use_compiler(
-                "train.compile"
-            )  # for what is not compiled as a whole, and to know at once whether there is one
+            # For what is not compiled as a whole, and to know at once whether there is a compiler.
+            head.use_compiler("train.compile")
         self.optimizer = build_optimizer(head.trainable_parameters(), train)
         # Step n uses place n of the schedule, not n - 1: warm-up begins at 1/n and a decay ends at 1/n, where the first
         # or last step would otherwise be wasted at 0. Hence one place more, and one step ahead.
@@ -69,10 +68,14 @@ class HeadOptimizer:
         Raises:
             TeaError: after ``max_skipped_steps`` updates in a row that were not finite.
         """
-        for parameter in self.head.trainable_parameters():
-            parameter.grad = None  # zero_grad takes five times as long
+        self.clear_gradients()
         loss.backward()
         return self.follow_gradients(loss)
+
+    def clear_gradients(self) -> None:
+        """`zero_grad` of the optimizer, in a fifth of its time."""
+        for parameter in self.head.trainable_parameters():
+            parameter.grad = None
 
     def follow_gradients(self, loss: Tensor) -> float:
         """`descend` once the gradients of ``loss`` are there."""

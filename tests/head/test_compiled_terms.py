@@ -149,7 +149,6 @@ def test_numbers_of_other_formats(dtype):
     head = make_head(shortlist_size=SIZE)
     batch = batch_for(head, 30)
     batch.within_tail_logps = batch.within_tail_logps.to(dtype)
-    batch.slots = batch.slots.int().long()
     found, expected = (terms_and_gradients(head, batch, compiles) for compiles in (True, False))
     assert (None in module._known.values()) == (dtype == torch.float64)
     for mine, right in zip((*found[0], *found[1]), (*expected[0], *expected[1]), strict=True):

@@ -272,7 +272,5 @@ def test_an_old_torch_is_one_line(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(logits, "compiled_product", logits.compiled_product.__wrapped__)
     head = TeaHead.for_backbone(compiled(tmp_path))
-    with pytest.raises(
-        TeaError, match=r"torch\.compile fails on .*\(.*current_callable.*: install a C\+\+ compiler"
-    ):
+    with pytest.raises(TeaError, match=r"torch\.compile fails on .*\(.*torch .* is too old"):
         head.use_compiler()
